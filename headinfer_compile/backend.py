@@ -1,0 +1,174 @@
+"""The Dynamo backend: ``torch.compile(model, backend="headinfer")``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule, Node
+
+from headinfer_compile.config import HeadInferConfig
+from headinfer_compile.errors import HeadInferError, OptionError
+from headinfer_compile.executor import CompiledGraph, GraphReport
+from headinfer_compile.passes.context import META, AttentionSite, PassContext
+from headinfer_compile.passes.lower import lower_regions
+from headinfer_compile.passes.pipeline import Dump, run_graph_passes
+
+log = logging.getLogger(__name__)
+
+_LENGTH = "past_key_values"
+_INPUTS = ("input_ids", "position_ids", "attention_mask", "inputs_embeds")
+_RECOMPILE_LIMIT = 64
+
+
+def configure_dynamo() -> Callable[[], None]:
+    """Let lengths be symbols from the start, and let several models share transformers' code.
+
+    Without this, each new prompt length compiles again, and at 8 graphs Dynamo silently runs
+    eagerly. The settings are process-wide: ``torch.compiler.config.dynamic_sources`` gets the cache
+    length and the token inputs, ``torch._dynamo.config.recompile_limit`` is raised to 64.
+
+    Returns:
+        A function that restores what was set before.
+    """
+    before = torch.compiler.config.dynamic_sources, torch._dynamo.config.recompile_limit
+    names = [f"L['{_LENGTH}'].length", f"L['kwargs']['{_LENGTH}'].length", "L['args'][0]"]
+    names += [f"L['{name}']" for name in _INPUTS]
+    names += [f"L['kwargs']['{name}']" for name in _INPUTS]
+    present = [name for name in before[0].split(",") if name]
+    torch.compiler.config.dynamic_sources = ",".join(dict.fromkeys([*present, *names]))
+    torch._dynamo.config.recompile_limit = max(before[1], _RECOMPILE_LIMIT)
+
+    def restore() -> None:
+        torch.compiler.config.dynamic_sources, torch._dynamo.config.recompile_limit = before
+
+    return restore
+
+
+def headinfer(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph.
+
+    Args:
+        gm: Torch-level graph.
+        example_inputs: Its inputs: tensors, SymInts, numbers.
+        options: ``HeadInferConfig`` fields.
+        mode: ``"reduce-overhead"`` is ``cuda_graphs=True``; ``"max-autotune"`` and
+            ``"max-autotune-no-cudagraphs"`` set Inductor's patch for the regions.
+
+    Returns:
+        A callable over the graph's flat inputs.
+
+    Raises:
+        OptionError: An option or mode is invalid.
+        DeclinedError: An attention is not supported and ``strict=True``.
+    """
+    config = _config(options, mode)
+    handles = _handles(gm)
+    if not handles:
+        log.warning(
+            "this graph uses no HeadInferCache, so nothing is offloaded and it is compiled with "
+            "Inductor: pass past_key_values=HeadInferCache(model.config) to the call or to generate"
+        )
+        return _without_sites(gm, example_inputs, config)
+    if torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    ):
+        return _refuse(
+            "this call has gradients enabled, and HeadInferCache is for inference only: call the "
+            "model under torch.no_grad() or torch.inference_mode(), or use generate()"
+        )
+    if len(handles) > 1:
+        return _refuse("one call uses two HeadInferCaches: a graph serves one cache at a time")
+    return _compile(gm, example_inputs, config, handles.pop())
+
+
+def _config(options: Mapping[str, Any] | None, mode: str | None) -> HeadInferConfig:
+    config = HeadInferConfig.from_options(options)
+    if mode is None or mode == "default":
+        return config
+    if mode == "reduce-overhead":
+        return replace(config, cuda_graphs=True)
+    if mode in ("max-autotune", "max-autotune-no-cudagraphs"):
+        return replace(config, inductor={"max_autotune": True, "coordinate_descent_tuning": True})
+    raise OptionError(
+        f"mode={mode!r}: expected 'default', 'reduce-overhead', 'max-autotune' or "
+        "'max-autotune-no-cudagraphs'"
+    )
+
+
+def _handles(gm: GraphModule) -> set[Node]:
+    updates = (torch.ops.headinfer.update_kv, torch.ops.headinfer.update_kv.default)
+    return {node.args[0] for node in gm.graph.nodes if node.target in updates}
+
+
+def _without_sites(
+    gm: GraphModule, example_inputs: Sequence[Any], config: HeadInferConfig
+) -> Callable[..., Any]:
+    if config.lowering == "eager":
+        return gm.forward
+    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs))
+    return compiled
+
+
+def _refuse(message: str) -> Callable[..., Any]:
+    # Raised by the call and not by the compiler, so that Dynamo does not wrap it.
+    def refuse(*_: Any) -> Any:
+        raise HeadInferError(message)
+
+    return refuse
+
+
+def _compile(
+    gm: GraphModule, example_inputs: Sequence[Any], config: HeadInferConfig, handle: Node
+) -> CompiledGraph:
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    parameters = [
+        value for value in example_inputs if isinstance(value, torch.nn.Parameter)
+    ] or [value for value in example_inputs if isinstance(value, torch.Tensor) and value.dim() == 2]
+    positions = [
+        index
+        for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
+        if isinstance(value, torch.Tensor) and "position_ids" in node.name
+    ]
+    context = PassContext(config, example_inputs)
+    dump = Dump(config.debug_dir)
+    split, pass_reports = run_graph_passes(gm, context, dump, keep_text=False)
+    regions = lower_regions(
+        split, example_inputs, lowering=config.lowering, inductor=config.inductor
+    )
+    sites = [
+        node.meta[META]
+        for node in split.graph.nodes
+        if isinstance(node.meta.get(META), AttentionSite)
+        and node.target is torch.ops.headinfer.attention.default
+    ]
+    sites.sort(key=lambda site: site.index)
+    report = GraphReport(tuple(sites), tuple(context.declines), tuple(pass_reports), regions)
+    log.info(
+        "%d sites, %d declined, %d regions (%d unique) in %.1f s",
+        len(sites), len(context.declines), regions.num_regions, regions.num_unique, regions.seconds,
+    )  # fmt: skip
+    return CompiledGraph(
+        graph_module=split,
+        config=config,
+        sites=sites,
+        report=report,
+        parameters=parameters,
+        handle_index=placeholders.index(handle),
+        positions_index=positions[0] if positions else None,
+        dump=dump,
+    )
+
+
+# Before the first call is traced: Dynamo reads these settings when it builds the first guards.
+restore_dynamo = configure_dynamo()

@@ -1,0 +1,426 @@
+"""``HeadInferCache``: a ``transformers.Cache`` whose K and V live in host memory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from transformers import Cache, PretrainedConfig
+
+from headinfer_compile.config import parse_bytes
+from headinfer_compile.errors import CacheError, ClosedError, OptionError
+from headinfer_compile.passes.schedule import Schedule
+from headinfer_compile.runtime.ops import session_of
+from headinfer_compile.runtime.session import Session, SessionOptions
+from headinfer_compile.runtime.transfer_ops import update_without_schedule
+
+log = logging.getLogger(__name__)
+
+_NO_KV_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Where the bytes of a cache are and what has moved. All sizes are bytes."""
+
+    tokens: int
+    kv_bytes: int
+    resident_bytes: int
+    tail_bytes: int
+    host_bytes: int
+    slab_bytes: int
+    """The largest host slab, the granularity of ``host_bytes``."""
+    slot_bytes: int
+    staging_bytes: int
+    fixed_bytes: int
+    """Slots, staging ring and tail; independent of the context length."""
+    workspace_bytes: int
+    """The most that attention accumulators, kernel outputs and block masks were planned to take."""
+    h2d_bytes: int
+    d2h_bytes: int
+    cpu_bytes: int
+    link_utilisation: float | None
+    """Share of the measured link rate that decode reached; None where it was not measured."""
+    exposed_wait_us: float | None
+    """Time that compute waited for transfers; None where it was not measured."""
+    op_calls: dict[str, int]
+    blocks_by_tier: dict[str, int]
+    sites_rewritten: int
+    eager_updates: int
+    materialised_layers: int
+
+
+class HeadInferCache(Cache):  # type: ignore[misc]
+    """KV cache in pinned host memory, streamed block by block to exact attention on the GPU."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        gpu_budget: int | str = "auto",
+        host_budget: int | str = "auto",
+        page_tokens: int | str = "auto",
+        tail_tokens: int | str = "auto",
+        strict: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make an empty cache; memory is taken when the first K and V come.
+
+        Args:
+            config: The model's config (its decoder's part is used).
+            gpu_budget: Bytes of KV blocks that may stay on the GPU, as an int or ``"1GiB"``; 0 is
+                valid. Slots, staging, tail and workspace come on top. ``"auto"``: what is free,
+                less these and what the forward needs; 0 on a CPU.
+            host_budget: Bytes of host memory for pages; ``"auto"``: what is available less a tenth.
+            page_tokens: Tokens of a page; ``"auto"``: 1,024 and more, up to pages of 32 MiB.
+            tail_tokens: Newest tokens kept on the GPU; ``"auto"``: 256, fewer where they would
+                exceed 64 MiB.
+            strict: Raise instead of returning materialised K and V to an uncompiled model.
+            device: Refuse K and V from another device.
+
+        Raises:
+            OptionError: A size is malformed.
+            CacheError: The model is an encoder-decoder or has no attention layers.
+        """
+        if getattr(config, "is_encoder_decoder", False):
+            raise CacheError(
+                f"{type(config).__name__} is an encoder-decoder: HeadInferCache holds the KV of "
+                "decoder-only models"
+            )
+        text = config.get_text_config(decoder=True)
+        num_layers = getattr(text, "num_hidden_layers", None)
+        if not num_layers:
+            raise CacheError(f"{type(config).__name__} has no num_hidden_layers: it keeps no KV cache")
+        kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * num_layers)
+        owned = kinds[: num_layers - (getattr(text, "num_kv_shared_layers", None) or 0)]
+        with_kv = [i for i, kind in enumerate(owned) if kind not in _NO_KV_LAYERS]
+        if not with_kv:
+            raise CacheError(f"{type(config).__name__} has no attention layer: it keeps no KV cache")
+        self._make(
+            num_layers, with_kv[-1], gpu_budget, host_budget, page_tokens, tail_tokens, strict, device
+        )
+        self._token_bytes = _token_bytes(text, len(with_kv))
+
+    @classmethod
+    def from_shape(
+        cls,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        gpu_budget: int | str = "auto",
+        host_budget: int | str = "auto",
+        page_tokens: int | str = "auto",
+        tail_tokens: int | str = "auto",
+        strict: bool = False,
+        device: torch.device | str | None = None,
+    ) -> HeadInferCache:
+        """Make a cache for a model that is not from transformers; arguments as the constructor's."""
+        cache = cls.__new__(cls)
+        cache._make(
+            num_layers, num_layers - 1, gpu_budget, host_budget, page_tokens, tail_tokens, strict,
+            device,
+        )  # fmt: skip
+        width = head_dim + (v_head_dim or head_dim)
+        cache._token_bytes = num_layers * num_kv_heads * width * dtype.itemsize
+        return cache
+
+    def _make(
+        self, num_layers: int, last_layer: int, gpu_budget: int | str, host_budget: int | str,
+        page_tokens: int | str, tail_tokens: int | str, strict: bool,
+        device: torch.device | str | None,
+    ) -> None:  # fmt: skip
+        self.layers: list[Any] = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+        options = SessionOptions(
+            gpu_budget=_auto_bytes(gpu_budget, "gpu_budget"),
+            host_budget=_auto_bytes(host_budget, "host_budget"),
+            page_tokens=_auto_count(page_tokens, "page_tokens"),
+            tail_tokens=_auto_count(tail_tokens, "tail_tokens"),
+        )
+        self.num_layers = num_layers
+        self.last_layer = last_layer
+        self.length = 0
+        self.strict = strict
+        self.device = None if device is None else torch.device(device)
+        self._warned = False
+        with torch.inference_mode(False):
+            self.handle = torch.zeros((), dtype=torch.int64)
+        self.handle.session = Session(num_layers, last_layer, options)  # type: ignore[attr-defined]
+
+    # -- what models and generate ask ---------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new K ``[B, Hkv, n, D]`` and V ``[B, Hkv, n, Dv]`` of a layer; return all of both.
+
+        In a graph compiled by ``backend="headinfer"`` this call and the attention behind it become
+        one site and nothing is returned in full. Run eagerly it is exact, and warns once.
+
+        Raises:
+            CacheError: As ``Session.bind`` and ``Session.begin``; also eagerly under ``strict``.
+        """
+        if torch.compiler.is_compiling():
+            full = torch.ops.headinfer.update_kv(
+                self.handle, key_states, value_states, layer_idx, self.length
+            )
+        else:
+            full = self._update_eagerly(key_states, value_states, layer_idx)
+        if layer_idx == self.last_layer:
+            self.length = self.length + key_states.shape[2]
+        return full[0], full[1]
+
+    def _update_eagerly(
+        self, k: torch.Tensor, v: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._warned:
+            message = _why_eager(sys._getframe(2))
+            if self.strict:
+                raise CacheError(f"{message} (this cache was made with strict=True)")
+            log.warning("%s", message)
+            self._warned = True
+        session = self.session
+        if session.length != self.length:
+            # A compiled call was cut short after its graph and before its cache update.
+            self.length = session.length
+        session.counters.eager_updates += 1
+        return update_without_schedule(session, layer, k, v, self.length)
+
+    @property
+    def session(self) -> Session:
+        """The store behind this cache."""
+        return session_of(self.handle)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held."""
+        return self.length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the next token."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next mask covers."""
+        return self.length + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: the length is bounded by memory only."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: the length is bounded by memory only."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False, or ``generate`` would build masks of chunk x context outside the graph."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether K and V have come."""
+        return self.session.geometry is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Every cached token can be dropped again."""
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """All False: every token is kept, windows are read from whole pages."""
+        return [False] * self.num_layers
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """All False."""
+        return [False] * self.num_layers
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """All False."""
+        return [False] * self.num_layers
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size of what is held, 1 before."""
+        geometry = self.session.geometry
+        return geometry.batch if geometry is not None else 1
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+    def __repr__(self) -> str:
+        return f"HeadInferCache(tokens={self.length}, layers={self.num_layers})"
+
+    # -- life cycle ---------------------------------------------------------------------------
+
+    def reserve(self, tokens: int) -> None:
+        """Check that ``tokens`` tokens can be held, before any of them is computed.
+
+        Raises:
+            DoesNotFitError: They cannot; the message says what would.
+        """
+        if self.session.closed:
+            raise ClosedError("this HeadInferCache was closed and holds nothing: make a new one")
+        self.session.check_room(tokens, self._token_bytes)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest ``-tokens_to_remove`` tokens.
+
+        Args:
+            tokens_to_remove: Zero or a negative count, as ``generate`` passes it.
+
+        Raises:
+            CacheError: The count is positive, or more than the cache holds.
+        """
+        count = -tokens_to_remove
+        if count < 0 or count > self.length:
+            raise CacheError(
+                f"crop({tokens_to_remove}) on {self.length} tokens: pass minus the number of tokens "
+                "to drop, at most as many as are held"
+            )
+        self.session.crop(count)
+        self.length = self.session.length
+
+    def reset(self) -> None:
+        """Drop all tokens and start the counters anew; buffers are kept for the next prompt."""
+        self.session.reset()
+        self.length = 0
+
+    def close(self) -> None:
+        """Wait for the copies in flight and give all memory back; the cache is of no use after."""
+        self.session.close()
+        self.length = 0
+
+    def __enter__(self) -> HeadInferCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        handle = getattr(self, "handle", None)
+        if handle is not None and hasattr(handle, "session"):
+            handle.session.close()
+
+    def use_schedule(self, schedule: Schedule) -> None:
+        """Run ``schedule`` (see ``load_schedule``) wherever its plan key comes up."""
+        self.session.schedule_overrides[schedule.key] = schedule
+
+    def _refuse_copy(self, *_: object) -> NoReturn:
+        raise CacheError(
+            "a HeadInferCache cannot be copied or pickled: its pages are pinned memory in use by "
+            "streams. To return to a common prefix, crop(-n) back to it; else make a new cache"
+        )
+
+    __deepcopy__ = _refuse_copy
+    __copy__ = _refuse_copy
+    __reduce_ex__ = _refuse_copy
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Permute batch rows.
+
+        Raises:
+            CacheError: For any permutation but the identity: beams are not supported.
+        """
+        if not torch.equal(beam_idx.cpu(), torch.arange(self.batch_size)):
+            raise CacheError(
+                "beam search reorders the rows of the cache, which HeadInferCache does not do yet: "
+                "use num_beams=1, or a DynamicCache"
+            )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row.
+
+        Raises:
+            CacheError: Always, unless ``repeats`` is 1.
+        """
+        if repeats != 1:
+            raise CacheError("HeadInferCache cannot repeat batch rows: expand the prompt before prefill")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some batch rows.
+
+        Raises:
+            CacheError: Always, unless all rows are kept in order.
+        """
+        self.reorder_cache(indices)
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: every token is kept until it is cropped."""
+
+    def stats(self) -> CacheStats:
+        """Where the bytes are and what has moved since the cache was made or reset."""
+        session, counters = self.session, self.session.counters
+        geometry = session.geometry
+        blocks = session.table.blocks if geometry is not None else []
+        tiers = [block.tier for block in blocks]
+        fixed = {part: session.bytes_of(part) for part in ("slots", "staging", "tail")}
+        return CacheStats(
+            tokens=session.length,
+            kv_bytes=session.length * geometry.token_bytes if geometry is not None else 0,
+            resident_bytes=session.table.bytes_on("gpu") if blocks else 0,
+            tail_bytes=fixed["tail"],
+            host_bytes=session.table.bytes_on("host") if blocks else 0,
+            slab_bytes=session.table.slab_bytes if blocks else 0,
+            slot_bytes=fixed["slots"],
+            staging_bytes=fixed["staging"],
+            fixed_bytes=sum(fixed.values()),
+            workspace_bytes=counters.workspace_bytes,
+            h2d_bytes=counters.h2d_bytes,
+            d2h_bytes=counters.d2h_bytes,
+            cpu_bytes=counters.cpu_bytes,
+            link_utilisation=None,
+            exposed_wait_us=None,
+            op_calls=dict(counters.op_calls),
+            blocks_by_tier={tier: tiers.count(tier) for tier in sorted(set(tiers))},
+            sites_rewritten=len(counters.sites),
+            eager_updates=counters.eager_updates,
+            materialised_layers=len(counters.materialised_layers),
+        )
+
+
+def _auto_bytes(value: int | str, name: str) -> int | None:
+    return None if value == "auto" else parse_bytes(value, name)
+
+
+def _auto_count(value: int | str, name: str) -> int | None:
+    if value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{name}={value!r}: expected 'auto' or a count of at least 1")
+    return value
+
+
+def _token_bytes(config: Any, layers: int) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return int(2 * layers * heads * dim * dtype.itemsize)
+
+
+def _why_eager(frame: types.FrameType | None) -> str:
+    """The reason for an eager update, from the module that called it."""
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, torch.nn.Module) and module._compiled_call_impl is not None:
+            return (
+                "the model is compiled, and HeadInferCache.update still ran eagerly: Dynamo gave up "
+                "on this call and attention runs on materialised K and V. Run with "
+                "TORCH_LOGS=recompiles,graph_breaks to see why"
+            )
+        frame = frame.f_back
+    return (
+        "HeadInferCache is used by a model that is not compiled: every layer gets materialised K and "
+        "V, which is exact and slow. Call model.compile(backend='headinfer') before generate "
+        "(torch.compile(model).generate reaches the uncompiled module)"
+    )

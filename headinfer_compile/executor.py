@@ -1,0 +1,296 @@
+"""Runs a lowered graph: its regions in order, and at each site the schedule of its plan key.
+
+The executor decides only which schedule runs with which layer and ring; what happens inside a site
+is in the schedule and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from headinfer_compile.config import HeadInferConfig
+from headinfer_compile.errors import CacheError
+from headinfer_compile.passes.context import META, AttentionSite, Decline
+from headinfer_compile.passes.lower import RegionReport
+from headinfer_compile.passes.pipeline import Dump, PassReport, build_prologue, build_schedule
+from headinfer_compile.passes.schedule import PieceKind, PlanContext, PlanKey, Schedule
+from headinfer_compile.runtime.ops import session_of
+from headinfer_compile.runtime.session import Session
+from headinfer_compile.runtime.spec import SiteSpec
+from headinfer_compile.runtime.step import Step
+
+log = logging.getLogger(__name__)
+
+_ACTIVATIONS_PER_QUERY_BYTE = 16
+"""Peak bytes of a layer's activations per byte of its queries, for the automatic budget."""
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What the compiler did with one Dynamo graph."""
+
+    sites: tuple[AttentionSite, ...]
+    declines: tuple[Decline, ...]
+    passes: tuple[PassReport, ...]
+    regions: RegionReport
+
+
+@dataclass
+class _Plan:
+    """The schedules of one class of sites in one step."""
+
+    schedule: Schedule
+    prologue: Schedule | None
+    """Starts the entry transfers when the ring does not bring them."""
+
+
+@dataclass
+class CompiledGraph:
+    """One Dynamo graph, compiled; called by Dynamo with the graph's flat inputs."""
+
+    graph_module: GraphModule
+    config: HeadInferConfig
+    sites: Sequence[AttentionSite]
+    report: GraphReport
+    parameters: Sequence[torch.Tensor]
+    handle_index: int
+    positions_index: int | None
+    dump: Dump
+    specs: list[SiteSpec] = field(default_factory=list)
+    schedules: dict[PlanKey, Schedule] = field(default_factory=dict)
+    prologues: dict[PlanKey, Schedule] = field(default_factory=dict)
+    plan_reports: dict[PlanKey, list[PassReport]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.site_specs: list[int] = []
+        for site in self.sites:
+            assert site.mask is not None
+            spec = SiteSpec(
+                site.num_heads, site.num_kv_heads, site.head_dim, site.v_head_dim, site.scale, site.mask
+            )
+            if spec not in self.specs:
+                self.specs.append(spec)
+            self.site_specs.append(self.specs.index(spec))
+        self._plans: dict[tuple[int, int | None], _Plan] = {}
+        self._step: Step | None = None
+        self._parameter_ids = frozenset(map(id, self.parameters))
+        self._known_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._install_sites()
+
+    def _install_sites(self) -> None:
+        """Make every site node of the model graph a call of ``run_site``."""
+        graph = self.graph_module.graph
+        for node in list(graph.nodes):
+            site = node.meta.get(META)
+            if node.op != "call_function" or not isinstance(site, AttentionSite):
+                continue
+            if node.target is not torch.ops.headinfer.attention.default:
+                continue
+            handle, q, k, v, _, masks, _, past, *_ = node.args
+            name = f"site_{site.index}"
+            self.graph_module.add_module(name, _SiteCall(self, site.index))
+            with graph.inserting_before(node):
+                call = graph.call_module(name, (handle, q, k, v, masks, past))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+        graph.lint()
+        self.graph_module.recompile()
+
+    # -- a call -----------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        """Run one forward pass; on an error the cache is as before it."""
+        session = session_of(args[self.handle_index])
+        if session.step is not None:
+            # An earlier forward through the cache's eager path was cut short.
+            session.abort()
+        self._claim(session, args)
+        session.managed = True
+        try:
+            result = self.graph_module.forward(*args)
+            session.commit()
+        except BaseException:
+            session.abort()
+            raise
+        finally:
+            session.managed = False
+            self._step = None
+        return result
+
+    def _claim(self, session: Session, args: Sequence[Any]) -> None:
+        if self.positions_index is not None:
+            self._check_positions(session, args[self.positions_index])
+        if session not in self._known_sessions:
+            session.claim(self._parameter_ids)
+            self._known_sessions.add(session)
+        session.configure(self.config)
+        session.specs = self.specs
+
+    @staticmethod
+    def _check_positions(session: Session, positions: torch.Tensor) -> None:
+        """Refuse a prompt that starts over at position 0 on a cache that holds tokens."""
+        if session.length == 0 or positions.shape[-1] == 1:
+            return
+        if int(positions[..., 0].max()) == 0:
+            raise CacheError(
+                f"the cache holds {session.length} tokens and the new tokens start at position 0 "
+                "again: transformers before 5.21 feeds the whole conversation again when "
+                "prefill_chunk_size is given on a non-empty cache. Leave prefill_chunk_size out for "
+                "this turn (queries are split anyway), or upgrade transformers. Nothing was stored"
+            )
+
+    def start(self, session: Session, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> Step:
+        """Begin the step of this call at its first site."""
+        step = session.start(k, v, past, _ACTIVATIONS_PER_QUERY_BYTE * q.nbytes)
+        self._plans.clear()
+        self._step = step
+        return step
+
+    def run_site(
+        self, index: int, handle: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        masks: Sequence[torch.Tensor], past: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attend at one site.
+
+        Args:
+            index: Index of the site in this graph.
+            handle: The cache's handle.
+            q: ``[B, Hq, n, D]``.
+            k: ``[B, Hkv, n, D]``, the new tokens.
+            v: ``[B, Hkv, n, Dv]``.
+            masks: What the site's mask form reads.
+            past: Tokens cached before.
+
+        Returns:
+            ``[B, Hq, n, Dv]``.
+        """
+        session = session_of(handle)
+        if torch.is_autocast_enabled(q.device.type):
+            # SDPA under autocast casts its inputs; inside the site nothing is cast again.
+            dtype = torch.get_autocast_dtype(q.device.type)
+            with torch.autocast(q.device.type, enabled=False):
+                return self._run_site(
+                    session, index, handle, q.to(dtype), k.to(dtype), v.to(dtype), masks, past
+                )
+        return self._run_site(session, index, handle, q, k, v, masks, past)
+
+    def _run_site(
+        self, session: Session, index: int, handle: torch.Tensor, q: torch.Tensor,
+        k: torch.Tensor, v: torch.Tensor, masks: Sequence[torch.Tensor], past: int,
+    ) -> torch.Tensor:  # fmt: skip
+        site, spec = self.sites[index], self.site_specs[index]
+        if session.step is None:
+            self.start(session, q, k, v, past)
+        form = self.specs[spec].mask
+        if form.padding is not None:
+            session.learn_padding(masks[form.padding])
+        last = index + 1 == len(self.sites)
+        following = self.sites[0 if last else index + 1]
+        plan = self._plan(session, spec, None if last else self.site_specs[index + 1], masks)
+        self._enter(session, plan, site.layer, handle, q, k, v, masks)
+        schedule = plan.schedule
+        out, *ring = schedule.function(
+            handle, q, k, v, masks, site.layer, following.layer, session.base, *session.ring
+        )
+        session.ring = tuple(ring)
+        session.base = (session.base + schedule.num_transfers) % len(ring)
+        session.in_flight = session.transfer_tags(following.layer, schedule.key.next_transfers)
+        session.counters.sites.add(site.layer)
+        return out  # type: ignore[no-any-return]
+
+    def _enter(
+        self, session: Session, plan: _Plan, layer: int, handle: torch.Tensor, q: torch.Tensor,
+        k: torch.Tensor, v: torch.Tensor, masks: Sequence[torch.Tensor],
+    ) -> None:  # fmt: skip
+        """Make the ring hold what the schedule expects, reusing what is in flight if it matches."""
+        expected = session.transfer_tags(layer, plan.schedule.key.transfers()[: plan.schedule.entry])
+        if session.in_flight == expected:
+            return
+        if session.in_flight:
+            session.drain()
+        if plan.prologue is not None:
+            _, *ring = plan.prologue.function(
+                handle, q, k, v, masks, layer, layer, session.base, *session.ring
+            )
+            session.ring = tuple(ring)
+
+    # -- plans ------------------------------------------------------------------------------
+
+    def _plan(
+        self, session: Session, spec: int, next_spec: int | None, masks: Sequence[torch.Tensor]
+    ) -> _Plan:
+        if (spec, next_spec) not in self._plans:
+            self._plans[spec, next_spec] = self._make_plan(session, spec, next_spec)
+        return self._plans[spec, next_spec]
+
+    def _make_plan(self, session: Session, spec: int, next_spec: int | None) -> _Plan:
+        step = session.step
+        assert step is not None
+        key = self._key(session, spec)
+        if next_spec is not None:
+            following = self._key(session, next_spec)
+            key = replace(key, next_transfers=following.transfers()[: following.entry])
+        elif step.new == 1 and not step.flushes:
+            # The next step reads the same blocks: they change only when the tail is flushed.
+            first = self._key(session, self.site_specs[0])
+            key = replace(key, next_transfers=first.transfers()[: first.entry])
+        schedule = session.schedule_overrides.get(key) or self.schedules.get(key)
+        if schedule is None:
+            context = PlanContext(key, self.config)
+            schedule, self.plan_reports[key] = build_schedule(context, self.dump, keep_text=False)
+            self.schedules[key] = schedule
+            log.info(
+                "schedule: %d nodes, %d transfers, built in %.1f ms, of it %.1f ms of proof",
+                schedule.num_nodes, schedule.num_transfers, schedule.build_seconds * 1e3,
+                schedule.verify_seconds * 1e3,
+            )  # fmt: skip
+        prologue = None
+        if key.entry:
+            cold = replace(key, next_transfers=())
+            if cold not in self.prologues:
+                self.prologues[cold] = build_prologue(PlanContext(cold, self.config))
+            prologue = self.prologues[cold]
+        return _Plan(schedule, prologue)
+
+    def _key(self, session: Session, index: int) -> PlanKey:
+        step, spec, config = session.step, self.specs[index], self.config
+        assert step is not None
+        blocks = session.kv_blocks(spec)
+        resident = sum(block.tier == "gpu" for block in blocks)
+        group = session.layout(step.phase).head_group
+        return PlanKey(
+            spec=index,
+            phase=step.phase,
+            one_query=step.new == 1,
+            causal=spec.mask.causal and spec.mask.expr is None,
+            appends=step.appends,
+            has_tail=step.tail_rows > 0,
+            pieces=tuple(PieceKind(piece.source, piece.to_host) for piece in step.pieces),
+            groups=-(-spec.num_kv_heads // group),
+            chunks=session.query_chunks(index),
+            resident=resident,
+            host=len(blocks) - resident,
+            num_slots=config.num_slots,
+            distance=0 if "hoist_prefetch" in config.disable_passes else config.distance,
+            padded=any(step.padding.values()),
+        )
+
+
+class _SiteCall(torch.nn.Module):
+    """A site as the model graph calls it."""
+
+    def __init__(self, owner: CompiledGraph, index: int) -> None:
+        super().__init__()
+        self._run: Callable[..., torch.Tensor] = owner.run_site
+        self._index = index
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        return self._run(self._index, *args)

@@ -1,0 +1,103 @@
+"""Cut a head group into query chunks x KV spans, joined by LSE merge.
+
+Given::
+
+    g0 = group_site(out, q, k, v, 0)
+
+Result, with one query chunk, a tail and one KV block::
+
+    n = span_kv(k, v, 0, 0, NEW);   a = headinfer.attend(handle, q, n[0], n[1], masks, spec, 0, 0, NEW, True)
+    t = span_kv(k, v, 0, 0, TAIL);  a1 = headinfer.attend_merge(handle, a[0], a[1], q, t[0], t[1], ...)
+    b = span_kv(k, v, 0, 0, 0);     a2 = headinfer.attend_merge(handle, a1[0], a1[1], q, b[0], b[1], ...)
+    g0 = headinfer.store(handle, out, a2[0], spec, 0, 0)
+
+Past and new tokens are always apart: over the past the mask is full (or a band), over the new
+tokens it is a square. New tokens come first: they need no transfer, so transfers hide behind them.
+Order: head group, query chunk, KV block; queries are split only when accumulators would exceed
+``workspace_bytes``, and then KV is streamed once per query chunk.
+
+Requires: ``group_site`` markers.
+Ensures: every query of the group meets every key it may see exactly once.
+Declines when: never.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from headinfer_compile.passes.context import META
+from headinfer_compile.passes.schedule import (
+    NEW,
+    NEW_PREFIX,
+    TAIL,
+    PlanContext,
+    PlanKey,
+    SpanInfo,
+    copy_meta,
+    group_site,
+    inputs_of,
+    nodes_of,
+    span_kv,
+)
+
+
+def spans(key: PlanKey, chunk: int) -> list[int]:
+    """The spans that query chunk ``chunk`` attends, in order."""
+    found = []
+    if not key.one_query:
+        found.append(NEW)
+        if key.causal and chunk > 0:
+            found.append(NEW_PREFIX)
+    if key.has_tail or key.one_query:
+        found.append(TAIL)
+    return found + list(range(key.resident + key.host))
+
+
+def run(gm: GraphModule, ctx: PlanContext) -> GraphModule:
+    """Replace every ``group_site`` by attends over its spans."""
+    graph = gm.graph
+    inputs = inputs_of(graph)
+    for site in nodes_of(graph, group_site):
+        out = site.args[0]
+        assert isinstance(out, Node)
+        with graph.inserting_before(site):
+            for chunk in range(ctx.key.chunks):
+                out = _attend_chunk(graph, ctx.key, inputs, site, out, chunk)
+        site.replace_all_uses_with(out)
+        graph.erase_node(site)
+    return gm
+
+
+def _attend_chunk(
+    graph: Graph, key: PlanKey, inputs: dict[str, Node], site: Node, out: Node, chunk: int
+) -> Node:
+    group = site.args[4]
+    assert isinstance(group, int)
+    handle, q, masks = inputs["handle"], inputs["q"], inputs["masks"]
+    todo = spans(key, chunk)
+    acc: tuple[Node, Node] | None = None
+    for span in todo:
+        kv = graph.call_function(span_kv, (inputs["k"], inputs["v"], group, chunk, span))
+        kv.meta[META] = SpanInfo(group, chunk, span)
+        k, v = (graph.call_function(operator.getitem, (kv, i)) for i in (0, 1))
+        where = (masks, key.spec, group, chunk, span)
+        if acc is None:
+            attend = graph.call_function(
+                torch.ops.headinfer.attend.default, (handle, q, k, v, *where, len(todo) > 1)
+            )
+        else:
+            attend = graph.call_function(
+                torch.ops.headinfer.attend_merge.default, (handle, *acc, q, k, v, *where)
+            )
+        copy_meta(attend, site)
+        attend.meta[META] = SpanInfo(group, chunk, span)
+        first, second = (graph.call_function(operator.getitem, (attend, i)) for i in (0, 1))
+        acc = (first, second)
+    assert acc is not None
+    store = torch.ops.headinfer.store.default
+    return copy_meta(
+        graph.call_function(store, (handle, out, acc[0], key.spec, group, chunk)), site
+    )

@@ -1,0 +1,389 @@
+"""Symbolic reading of the nodes that compute a mask: one element, as a function of its index.
+
+Reading goes backwards from the mask. Every operation says which elements of its operands one
+element of its result is made of, so that views, broadcasts and indexing cost nothing, and what is
+no index arithmetic becomes a load from a tensor, unless that has the size of the mask itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from headinfer_compile.passes.graph_utils import node_value
+from headinfer_compile.passes.mask_algebra import Domain, UnreadableError, to_expr, to_linear
+from headinfer_compile.runtime.masks import Expr, const, load, make
+
+Index = tuple[Expr, ...]
+
+ZERO = const(0)
+
+_BINARY = {
+    "add": "add",
+    "sub": "sub",
+    "subtract": "sub",
+    "mul": "mul",
+    "multiply": "mul",
+    "floordiv": "floordiv",
+    "floor_divide": "floordiv",
+    "mod": "mod",
+    "remainder": "mod",
+    "minimum": "min",
+    "maximum": "max",
+    "le": "le",
+    "less_equal": "le",
+    "lt": "lt",
+    "less": "lt",
+    "ge": "ge",
+    "greater_equal": "ge",
+    "gt": "gt",
+    "greater": "gt",
+    "eq": "eq",
+    "ne": "ne",
+    "not_equal": "ne",
+}
+_LOGICAL = {
+    **dict.fromkeys(("and_", "bitwise_and", "logical_and", "__and__"), "and"),
+    **dict.fromkeys(("or_", "bitwise_or", "logical_or", "__or__"), "or"),
+}
+_INVERT = ("invert", "inv", "bitwise_not", "logical_not")
+_UNARY = {"neg": "neg", "negative": "neg", "abs": "abs"}
+_SAME = (
+    *("to", "bool", "int", "long", "float", "half", "double", "bfloat16", "type", "type_as"),
+    *("contiguous", "clone", "detach", "cpu", "cuda"),
+)
+_RESHAPES = ("view", "reshape", "unsqueeze", "squeeze")
+_EXPANDS = ("expand", "expand_as", "broadcast_to")
+_FILLS = {"ones": 1, "zeros": 0, "ones_like": 1, "zeros_like": 0, "new_ones": 1, "new_zeros": 0}
+_FULLS = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0}
+_EXACT_INTEGERS = (torch.int64, torch.int32)
+_AUGMENTED = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "xor")
+_IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in _AUGMENTED))
+
+
+def symbolic(size: int | torch.SymInt) -> sympy.Expr:
+    """A size or scalar as sympy sees it."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+class MaskReader:
+    """Reads the elements of tensors of one graph; ``inputs`` are the tensors that it loads from."""
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = domain
+        self.inputs: list[Node] = []
+        self.visited: set[Node] = set()
+
+    def shape(self, node: Node) -> tuple[sympy.Expr, ...]:
+        """The sizes of a tensor, in past and new lengths where they depend on these."""
+        return tuple(self.domain.scalar(symbolic(size)) for size in node_value(node).shape)
+
+    def element(self, node: Node, index: Index) -> Expr:
+        """The element of ``node`` at ``index``, one expression per dimension.
+
+        Raises:
+            UnreadableError: It is no index arithmetic, nor a load from a small tensor.
+        """
+        self.visited.add(node)
+        reader = _READERS.get(_operation(node))
+        if reader is None:
+            return self.load(node, index)
+        try:
+            expr = reader(self, node, index)
+        except UnreadableError:
+            if self.is_large(node):
+                raise
+            return self.load(node, index)
+        dtype = node_value(node).dtype
+        return expr if dtype in (torch.bool, *_EXACT_INTEGERS) else _cast(expr, None, dtype)
+
+    def load(self, node: Node, index: Index) -> Expr:
+        """A load from a tensor, which must not be as large as the mask unless it is an input."""
+        if self.is_large(node):
+            raise UnreadableError(f"{node.name} ({node.target}) is not index arithmetic")
+        if node not in self.inputs:
+            self.inputs.append(node)
+        return load(self.inputs.index(node), self.broadcast(node, index))
+
+    def is_large(self, node: Node) -> bool:
+        """Whether it is made in the graph with two dimensions as long as queries or keys."""
+        lengths = {self.domain.total, self.domain.new} - {sympy.Integer(1)}
+        symbols = self.domain.total.free_symbols
+        long = [s in lengths or not symbols.isdisjoint(s.free_symbols) for s in self.shape(node)]
+        return node.op not in ("placeholder", "get_attr") and sum(long) > 1
+
+    def broadcast(self, node: Node, index: Index) -> Index:
+        """The index into an operand that broadcasts to the tensor that ``index`` indexes."""
+        shape = self.shape(node)
+        last = index[len(index) - len(shape) :]
+        return tuple(ZERO if size == 1 else at for size, at in zip(shape, last, strict=True))
+
+    def operand(self, arg: Any, index: Index, boolean: bool = False) -> Expr:
+        """The element of an operand, tensor or number, of an elementwise operation."""
+        if isinstance(arg, (bool, int, float)):
+            return const(bool(arg) if boolean else arg)
+        if not isinstance(arg, Node):
+            raise UnreadableError(f"operand {arg!r} is neither a tensor nor a number")
+        value = node_value(arg)
+        if not isinstance(value, torch.Tensor):
+            return self.scalar(arg)
+        expr = self.element(arg, self.broadcast(arg, index))
+        return _cast(expr, value.dtype, torch.bool) if boolean else expr
+
+    def scalar(self, arg: Any) -> Expr:
+        """A Python number or SymInt of the graph."""
+        value = node_value(arg) if isinstance(arg, Node) else arg
+        if isinstance(value, (bool, float)):
+            return const(value)
+        if not isinstance(value, (int, torch.SymInt)):
+            raise UnreadableError(f"{arg} is no number")
+        return to_expr(self.domain.scalar(symbolic(value)))
+
+    def nonnegative(self, expr: Expr) -> bool:
+        """Whether an index is proved never to wrap around from the end."""
+        linear = to_linear(expr)
+        return linear is not None and self.domain.nonnegative(linear)
+
+
+def is_mutated(graph: Graph, nodes: set[Node]) -> bool:
+    """Whether an in-place operation of the graph may write to one of ``nodes``, or to a view."""
+    for node in graph.nodes:
+        written = [node.kwargs["out"]] if "out" in node.kwargs else []
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            written += node.all_input_nodes
+        elif node.target in _IN_PLACE or (
+            name.endswith("_") and not name.endswith("__") and not hasattr(operator, name)
+        ):
+            written += node.args[:1]
+        for base in written:
+            while isinstance(base, Node):
+                if base in nodes:
+                    return True
+                base = base.args[0] if base.args else None
+    return False
+
+
+def _operation(node: Node) -> str:
+    """The name of a torch or operator function or of a Tensor method; "" for anything else."""
+    if node.op == "call_method":
+        return str(node.target)
+    name = getattr(node.target, "__name__", "")
+    known = node.op == "call_function" and node.target in (
+        getattr(operator, name, None),
+        getattr(torch, name, None),
+    )
+    return name if known else ""
+
+
+def _cast(expr: Expr, source: torch.dtype | None, target: torch.dtype) -> Expr:
+    """``expr`` converted, unless both types hold its values alike."""
+    if source == target or (source in _EXACT_INTEGERS and target in _EXACT_INTEGERS):
+        return expr
+    name = str(target).removeprefix("torch.")
+    return expr if expr.op == "cast" and expr.args[1] == name else Expr("cast", (expr, name))
+
+
+def _plain(node: Node, *allowed: str) -> None:
+    """Refuse keyword arguments that change what an operation computes."""
+    extra = set(node.kwargs) - {"device", "dtype", "requires_grad", *allowed}
+    if extra:
+        raise UnreadableError(f"{node.name} has the arguments {sorted(extra)}")
+
+
+def _is_bool(node: Node) -> bool:
+    return bool(node_value(node).dtype == torch.bool)
+
+
+def _binary(reader: MaskReader, node: Node, index: Index) -> Expr:
+    _plain(node, "other")
+    operands = [*node.args, *node.kwargs.values()]
+    op = _BINARY[_operation(node)]
+    if _is_bool(node) and op in ("add", "mul"):
+        return make({"add": "or", "mul": "and"}[op], *(reader.operand(a, index) for a in operands))
+    return make(op, *(reader.operand(arg, index) for arg in operands))
+
+
+def _logical(reader: MaskReader, node: Node, index: Index) -> Expr:
+    _plain(node, "other")
+    if not _is_bool(node):
+        raise UnreadableError(f"{node.name} works on the bits of integers")
+    operands = [*node.args, *node.kwargs.values()]
+    op = _LOGICAL.get(_operation(node), "not")
+    return make(op, *(reader.operand(arg, index, boolean=True) for arg in operands))
+
+
+def _unary(reader: MaskReader, node: Node, index: Index) -> Expr:
+    _plain(node)
+    return make(_UNARY[_operation(node)], reader.operand(node.args[0], index))
+
+
+def _same(reader: MaskReader, node: Node, index: Index) -> Expr:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    expr = reader.element(source, index)
+    return _cast(expr, node_value(source).dtype, node_value(node).dtype)
+
+
+def _arange(reader: MaskReader, node: Node, index: Index) -> Expr:
+    _plain(node, "layout", "pin_memory")
+    bounds = [reader.scalar(arg) for arg in node.args]
+    steps = index[0] if len(bounds) < 3 else make("mul", index[0], bounds[2])
+    return steps if len(bounds) < 2 else make("add", steps, bounds[0])
+
+
+def _fill(reader: MaskReader, node: Node, index: Index) -> Expr:
+    name = _operation(node)
+    if name in _FILLS:
+        value: Any = _FILLS[name]
+    else:
+        position = _FULLS[name]
+        value = node.args[position] if len(node.args) > position else node.kwargs["fill_value"]
+    return reader.operand(value, (), boolean=_is_bool(node))
+
+
+def _where(reader: MaskReader, node: Node, index: Index) -> Expr:
+    _plain(node)
+    if len(node.args) != 3:
+        raise UnreadableError(f"{node.name} has {len(node.args)} arguments")
+    if _operation(node) == "where":
+        condition, chosen, other = node.args
+    else:
+        other, condition, chosen = node.args
+    boolean = _is_bool(node)
+    test = reader.operand(condition, index, boolean=True)
+    left, right = (reader.operand(arg, index, boolean=boolean) for arg in (chosen, other))
+    return _select(test, left, right, boolean)
+
+
+def _select(test: Expr, left: Expr, right: Expr, boolean: bool) -> Expr:
+    if not boolean:
+        return make("where", test, left, right)
+    return make("or", make("and", test, left), make("and", make("not", test), right))
+
+
+def _triangle(reader: MaskReader, node: Node, index: Index) -> Expr:
+    _plain(node, "diagonal")
+    diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
+    ahead = make("sub", index[-1], index[-2])
+    kept = make("ge" if _operation(node) == "triu" else "le", ahead, reader.scalar(diagonal))
+    boolean = _is_bool(node)
+    value = reader.operand(node.args[0], index)
+    return _select(kept, value, const(False) if boolean else ZERO, boolean)
+
+
+def _source(node: Node) -> Node:
+    source = node.args[0]
+    if not isinstance(source, Node) or not isinstance(node_value(source), torch.Tensor):
+        raise UnreadableError(f"{node.name} does not read a tensor")
+    return source
+
+
+def _reshape(reader: MaskReader, node: Node, index: Index) -> Expr:
+    source = _source(node)
+    shape = reader.shape(node)
+    kept = [(size, at) for size, at in zip(shape, index, strict=True) if size != 1]
+    given = [size for size in reader.shape(source) if size != 1]
+    if [size for size, _ in kept] != given or node_value(source).dtype != node_value(node).dtype:
+        raise UnreadableError(f"{node.name} regroups elements")
+    order = iter(at for _, at in kept)
+    at = tuple(ZERO if size == 1 else next(order) for size in reader.shape(source))
+    return reader.element(source, at)
+
+
+def _expand(reader: MaskReader, node: Node, index: Index) -> Expr:
+    source = _source(node)
+    return reader.element(source, reader.broadcast(source, index))
+
+
+def _permute(reader: MaskReader, node: Node, index: Index) -> Expr:
+    source = _source(node)
+    args: tuple[Any, ...] = node.args[1:]
+    _plain(node)
+    dims = list(range(len(index)))
+    given = list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
+    if _operation(node) == "permute":
+        dims = [dims[dim] for dim in given]
+    else:
+        first, second = given
+        dims[first], dims[second] = dims[second], dims[first]
+    return reader.element(source, tuple(index[dims.index(dim)] for dim in range(len(dims))))
+
+
+def _slice_index(reader: MaskReader, key: slice, at: Expr, sizes: tuple[Any, Any]) -> Expr:
+    """The index before slicing; ``sizes`` are those of the dimension before and after."""
+    step = 1 if key.step is None else key.step
+    start = ZERO if key.start is None else reader.scalar(key.start)
+    if not reader.nonnegative(start):
+        if key.stop is not None or step != 1:
+            raise UnreadableError(f"slice {key} counts from the end")
+        start = to_expr(sympy.expand(sizes[0] - sizes[1]))
+    steps = at if step == 1 else make("mul", at, reader.scalar(step))
+    return make("add", steps, start)
+
+
+def _getitem(reader: MaskReader, node: Node, index: Index) -> Expr:
+    source = _source(node)
+    key: Any = node.args[1]
+    keys = list(key) if isinstance(key, tuple) else [key]
+    shape, shape_after = reader.shape(source), reader.shape(node)
+    missing = len(shape) - sum(k is not None and k is not Ellipsis for k in keys)
+    gap = next((i for i, k in enumerate(keys) if k is Ellipsis), len(keys))
+    keys[gap : gap + 1] = [slice(None)] * missing
+    tensors = [k for k in keys if _is_tensor(k)]
+    kept = [k for k in keys if k is None or isinstance(k, slice) or _is_tensor(k)]
+    spots = [i for i, k in enumerate(kept) if _is_tensor(k)]
+    rank = max((node_value(k).dim() for k in tensors), default=0)
+    # Torch puts the dimensions of index tensors first where something else stands between them.
+    in_front = bool(spots) and spots[-1] - spots[0] >= len(spots)
+    joint = slice(0, rank) if in_front else None
+    cursor = rank if in_front else 0
+    before: list[Expr] = []
+    wraps = False
+    for k in keys:
+        if k is None:
+            cursor += 1
+        elif isinstance(k, slice):
+            sizes = (shape[len(before)], shape_after[cursor])
+            before.append(_slice_index(reader, k, index[cursor], sizes))
+            cursor += 1
+        elif _is_tensor(k):
+            if node_value(k).dtype not in _EXACT_INTEGERS:
+                raise UnreadableError(f"{node.name} is indexed by {node_value(k).dtype}")
+            if joint is None:
+                joint = slice(cursor, cursor + rank)
+                cursor += rank
+            before.append(reader.operand(k, index[joint]))
+            wraps = wraps or not reader.nonnegative(before[-1])
+        else:
+            at = reader.scalar(k)
+            if not reader.nonnegative(at):
+                at = to_expr(shape[len(before)] + symbolic(k))
+            before.append(at)
+    return (reader.load if wraps else reader.element)(source, tuple(before))
+
+
+def _is_tensor(key: Any) -> TypeGuard[Node]:
+    return isinstance(key, Node) and isinstance(node_value(key), torch.Tensor)
+
+
+_READERS: dict[str, Callable[[MaskReader, Node, Index], Expr]] = {
+    **dict.fromkeys(_BINARY, _binary),
+    **dict.fromkeys((*_LOGICAL, *_INVERT), _logical),
+    **dict.fromkeys(_UNARY, _unary),
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys((*_FILLS, *_FULLS), _fill),
+    **dict.fromkeys(_RESHAPES, _reshape),
+    **dict.fromkeys(_EXPANDS, _expand),
+    **dict.fromkeys(("transpose", "swapaxes", "permute"), _permute),
+    **dict.fromkeys(("where", "masked_fill"), _where),
+    **dict.fromkeys(("triu", "tril"), _triangle),
+    "arange": _arange,
+    "getitem": _getitem,
+}

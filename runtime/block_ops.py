@@ -1,0 +1,160 @@
+"""Implementations of the operators that attend (``ops.py`` has the table)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from headinfer_compile.runtime.attention import AttentionRequest, Kernel, select
+from headinfer_compile.runtime.masks import block_mask
+from headinfer_compile.runtime.merge import merge_
+from headinfer_compile.runtime.session import Session
+from headinfer_compile.runtime.spec import SiteSpec
+from headinfer_compile.runtime.step import Step
+
+TAIL, NEW, NEW_PREFIX = -1, -2, -3
+"""``span`` of an attend that is no KV block: the tail; new tokens of the query chunk itself
+(square); new tokens before the query chunk."""
+
+
+def output(session: Session, q: torch.Tensor, spec: int) -> torch.Tensor:
+    """An unwritten result ``[B, Hq, n, Dv]`` in ``[B, n, Hq, Dv]`` memory."""
+    batch, heads, new, _ = q.shape
+    return q.new_empty(batch, new, heads, session.specs[spec].v_head_dim).transpose(1, 2)
+
+
+def _head_range(session: Session, spec: SiteSpec, group: int) -> tuple[slice, slice]:
+    assert session.step is not None
+    size = session.layout(session.step.phase).head_group
+    start, stop = group * size, min((group + 1) * size, spec.num_kv_heads)
+    ratio = spec.queries_per_kv
+    return slice(start, stop), slice(start * ratio, stop * ratio)
+
+
+def _span(
+    session: Session, spec: SiteSpec, step: Step, span: int, queries: tuple[int, int]
+) -> tuple[int, int]:
+    """Positions of the keys of a span."""
+    low, high = queries
+    if span >= 0:
+        block = session.kv_blocks(spec)[span]
+        return block.start, block.start + block.rows
+    if span == TAIL:
+        return step.stored, step.past + (1 if step.new == 1 and step.appends else 0)
+    if span == NEW_PREFIX:
+        return step.past, step.past + low
+    return step.past + (low if spec.mask.causal else 0), step.past + (
+        high if spec.mask.causal else step.new
+    )
+
+
+def _mask(
+    spec: SiteSpec,
+    step: Step,
+    masks: Sequence[torch.Tensor],
+    keys: tuple[int, int],
+    queries: tuple[int, int],
+    span: int,
+    device: torch.device,
+) -> tuple[bool, torch.Tensor | None]:
+    """Whether the causal kernels do, and the explicit mask where they do not."""
+    form = spec.mask
+    padded = form.padding is not None and (
+        step.padding.get(id(masks[form.padding]), True) or (span == TAIL and step.new == 1)
+    )
+    square = span == NEW and form.causal
+    if form.expr is None and not padded:
+        form = form.without_padding()
+        if square and (form.window is None or queries[1] - queries[0] <= form.window):
+            return queries[1] - queries[0] > 1, None
+        if not square and form.window is None:
+            return False, None
+    built = block_mask(
+        form,
+        masks,
+        past=step.past,
+        new=step.new,
+        q_start=queries[0],
+        q_stop=queries[1],
+        k_start=keys[0],
+        k_stop=keys[1],
+        device=device,
+    )
+    return False, built
+
+
+def _kernel(
+    session: Session, spec: SiteSpec, q: torch.Tensor, k: torch.Tensor, causal: bool,
+    masked: bool, fixed: bool,
+) -> Kernel:  # fmt: skip
+    request = AttentionRequest(
+        device_type=q.device.type,
+        capability=session.capability,
+        dtype=q.dtype,
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=spec.head_dim,
+        v_head_dim=spec.v_head_dim,
+        query="one" if q.shape[2] == 1 else "many",
+        causal=causal,
+        masked=masked,
+        fixed_shape=fixed,
+    )
+    if request not in session.kernels:
+        session.kernels[request] = select(request)
+    return session.kernels[request]
+
+
+def _attend(
+    session: Session, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    masks: Sequence[torch.Tensor], spec_index: int, group: int, chunk: int, span: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    step, spec = session.step, session.specs[spec_index]
+    assert step is not None
+    queries = step.query_range(spec_index, chunk)
+    keys = _span(session, spec, step, span, queries)
+    kv_heads, q_heads = _head_range(session, spec, group)
+    q = q[:, q_heads, queries[0] : queries[1]]
+    if span < 0:
+        k, v = k[:, kv_heads], v[:, kv_heads]
+        if span != TAIL:
+            low, high = keys[0] - step.past, keys[1] - step.past
+            k, v = k[:, :, low:high], v[:, :, low:high]
+    causal, mask = _mask(spec, step, masks, keys, queries, span, q.device)
+    fixed = step.regular and (span == NEW or (span >= 0 and session.kv_blocks(spec)[span].full))
+    kernel = _kernel(session, spec, q, k, causal, mask is not None, fixed)
+    return kernel.run(q, k, v, scale=spec.scale, causal=causal, mask=mask)
+
+
+def attend(
+    session: Session, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    masks: Sequence[torch.Tensor], spec: int, group: int, chunk: int, span: int, accumulate: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """``(out, lse)`` of one query chunk over one span; fp32 accumulators when more spans follow."""
+    out, lse = _attend(session, q, k, v, masks, spec, group, chunk, span)
+    if not accumulate:
+        return out, lse
+    # Fresh tensors: some kernels return views, and the merge writes in place.
+    return out.to(torch.float32, memory_format=torch.contiguous_format, copy=True), lse.contiguous()
+
+
+def attend_merge(
+    session: Session, acc: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, masks: Sequence[torch.Tensor], spec: int, group: int, chunk: int, span: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Attend one more span and join it to the accumulators by their LSE, in place."""
+    merge_(acc, lse, *_attend(session, q, k, v, masks, spec, group, chunk, span))
+    return acc, lse
+
+
+def store(
+    session: Session, out: torch.Tensor, acc: torch.Tensor, spec: int, group: int, chunk: int
+) -> torch.Tensor:
+    """Write a finished accumulator into its heads and queries of the result."""
+    step = session.step
+    assert step is not None
+    _, heads = _head_range(session, session.specs[spec], group)
+    low, high = step.query_range(spec, chunk)
+    out[:, heads, low:high].copy_(acc)
+    return out

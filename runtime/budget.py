@@ -1,0 +1,41 @@
+"""Default budgets: what is free, less what the forward needs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_HOST_MARGIN = 0.1
+_ALLOCATOR_SLACK_BYTES = 512 << 20
+
+
+def default_gpu_budget(device: torch.device, needed_bytes: int) -> int:
+    """Bytes for resident blocks: free on ``device`` less ``needed_bytes`` and allocator slack.
+
+    On a CPU there is no device memory to spare: 0.
+    """
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    reserved = torch.cuda.memory_reserved(device)
+    usable = min(free, limit - reserved) + reserved - torch.cuda.memory_allocated(device)
+    return max(0, usable - needed_bytes - _ALLOCATOR_SLACK_BYTES)
+
+
+def default_host_budget() -> int:
+    """Bytes of host memory for pages: what is available under the cgroup's limit, less a tenth."""
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    available = os.sysconf("SC_AVPHYS_PAGES") * page_bytes
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    cgroup = Path("/sys/fs/cgroup")
+    limit_file, usage_file = cgroup / "memory.max", cgroup / "memory.current"
+    if limit_file.exists() and usage_file.exists():
+        limit = limit_file.read_text().strip()
+        if limit != "max":
+            available = min(available, int(limit) - int(usage_file.read_text()))
+    return max(0, int(available * (1 - _HOST_MARGIN)))

@@ -1,0 +1,215 @@
+"""Schemas of every operator, ``torch.ops.headinfer.*``.
+
+| op | stream | waits for | effect |
+|---|---|---|---|
+| update_kv | compute | - | what Dynamo captures; alone it returns the full exact K and V |
+| attention | - | - | a site in the model graph; the passes replace it by a schedule |
+| pack | compute | D2H of the staging slot's last use | new K/V into the tail, staging or resident pages |
+| tail | compute | - | views of the newest tokens |
+| offload | d2h | pack | writes page rows |
+| resident | compute | - | views of a KV block on the GPU |
+| prefetch | h2d | release of the slot; offload of the pages | fills a slot |
+| wait | compute | prefetch | makes a slot readable |
+| output | compute | - | the site's result, unwritten |
+| attend | compute | - | (out, lse) of one query chunk over one KV block |
+| attend_merge | compute | - | attend, then LSE merge in place |
+| release | compute | - | the slot may be refilled after this point |
+| store | compute | - | writes a finished accumulator into the result |
+| drop | compute | prefetch | gives up a transfer that nobody will read |
+
+``handle`` is a 0-d int64 CPU tensor whose attribute ``session`` is the ``Session``: a graph input
+that no guard specialises on. Tokens (packed, offloaded, transfer, release) are ints: every
+dependency is an argument. Declared by ``define`` and ``impl``: ``custom_op`` costs 5 times as much
+per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from headinfer_compile.errors import CacheError
+from headinfer_compile.runtime import block_ops, transfer_ops
+from headinfer_compile.runtime.session import Session
+
+NAMESPACE = "headinfer"
+
+#: Schema, stream, implementation.
+_Op = tuple[str, str, Callable[..., Any]]
+
+
+def session_of(handle: torch.Tensor) -> Session:
+    """The session behind a handle.
+
+    Raises:
+        CacheError: The tensor is no handle of a ``HeadInferCache``.
+    """
+    session = getattr(handle, "session", None)
+    if not isinstance(session, Session):
+        raise CacheError(
+            "a headinfer operator was called with a tensor that is no cache handle: call the model "
+            "through torch.compile(..., backend='headinfer') with a HeadInferCache"
+        )
+    return session
+
+
+def _update_kv(
+    handle: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, past_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    session = session_of(handle)
+    session.counters.materialised_layers.add(layer)
+    return transfer_ops.update_without_schedule(session, layer, k, v, past_len)
+
+
+def _attention(*_: Any) -> torch.Tensor:
+    raise AssertionError("headinfer.attention reached run time: the lowering pass did not run")
+
+
+OPS: dict[str, _Op] = {
+    "update_kv": (
+        "(Tensor handle, Tensor k, Tensor v, int layer, SymInt past_len) -> (Tensor, Tensor)",
+        "compute",
+        _update_kv,
+    ),
+    "attention": (
+        "(Tensor handle, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor[] mask_inputs, "
+        "int layer, SymInt past_len, float scale, bool is_causal) -> Tensor",
+        "compute",
+        _attention,
+    ),
+    "pack": (
+        "(Tensor handle, int layer, Tensor k, Tensor v, int piece) -> int",
+        "compute",
+        transfer_ops.pack,
+    ),
+    "tail": (
+        "(Tensor handle, int layer, int packed) -> (Tensor, Tensor)",
+        "compute",
+        transfer_ops.tail,
+    ),
+    "offload": ("(Tensor handle, int layer, int packed) -> int", "d2h", transfer_ops.offload),
+    "resident": (
+        "(Tensor handle, int layer, int spec, int group, int block, int packed) "
+        "-> (Tensor, Tensor)",
+        "compute",
+        transfer_ops.resident,
+    ),
+    "prefetch": (
+        "(Tensor handle, int layer, int spec, int group, int block, int base, int slot, int after)"
+        " -> int",
+        "h2d",
+        transfer_ops.prefetch,
+    ),
+    "wait": ("(Tensor handle, int transfer) -> (Tensor, Tensor)", "compute", transfer_ops.wait),
+    "release": ("(Tensor handle, int transfer, Tensor last) -> int", "compute", transfer_ops.release),
+    "drop": ("(Tensor handle, int transfer) -> int", "compute", transfer_ops.drop),
+    "output": ("(Tensor handle, Tensor q, int spec) -> Tensor", "compute", block_ops.output),
+    "attend": (
+        "(Tensor handle, Tensor q, Tensor k, Tensor v, Tensor[] masks, int spec, int group, "
+        "int chunk, int span, bool accumulate) -> (Tensor, Tensor)",
+        "compute",
+        block_ops.attend,
+    ),
+    "attend_merge": (
+        "(Tensor handle, Tensor(a!) acc, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, "
+        "Tensor[] masks, int spec, int group, int chunk, int span) -> (Tensor(a!), Tensor(b!))",
+        "compute",
+        block_ops.attend_merge,
+    ),
+    "store": (
+        "(Tensor handle, Tensor(a!) out, Tensor acc, int spec, int group, int chunk) -> Tensor(a!)",
+        "compute",
+        block_ops.store,
+    ),
+}
+
+#: Stream of each operator, by name.
+STREAMS = {name: stream for name, (_, stream, _) in OPS.items()}
+
+
+def _bound(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(handle: torch.Tensor, *args: Any) -> Any:
+        session = session_of(handle)
+        session.counters.op_calls[name] += 1
+        return function(session, *args)
+
+    return call
+
+
+def _fake_update_kv(
+    handle: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, past_len: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def grown(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(x.shape[0], x.shape[1], past_len + x.shape[2], x.shape[3])
+
+    return grown(k), grown(v)
+
+
+def _fake_attention(
+    handle: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+) -> torch.Tensor:
+    # The memory order of the flash kernels, so that the model's transpose back costs nothing.
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def _fake_token(*_: Any) -> int:
+    return 0
+
+
+def _fake_store(handle: torch.Tensor, out: torch.Tensor, *_: Any) -> torch.Tensor:
+    return out
+
+
+def _fake_attend(
+    handle: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size()
+    heads = k.shape[1] * (q.shape[1] // k.shape[1])
+    shape = (q.shape[0], heads, rows)
+    dtype = torch.float32 if rest[-1] else q.dtype
+    return q.new_empty((*shape, v.shape[3]), dtype=dtype), q.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_attend_merge(
+    handle: torch.Tensor, acc: torch.Tensor, lse: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return acc, lse
+
+
+def _fake_output(handle: torch.Tensor, q: torch.Tensor, spec: int) -> torch.Tensor:
+    dim = torch.library.get_ctx().new_dynamic_size()
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dim).transpose(1, 2)
+
+
+def _fake_views(handle: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    batch, heads, rows = size(), size(), size()
+    return torch.empty(batch, heads, rows, size()), torch.empty(batch, heads, rows, size())
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "update_kv": _fake_update_kv,
+    "attention": _fake_attention,
+    "output": _fake_output,
+    "attend": _fake_attend,
+    "attend_merge": _fake_attend_merge,
+    "store": _fake_store,
+    "tail": _fake_views,
+    "resident": _fake_views,
+    "wait": _fake_views,
+}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, (_schema, _, _function) in OPS.items():
+    _library.define(f"{_name}{_schema}")
+    _direct = _name in ("update_kv", "attention")
+    _library.impl(
+        _name,
+        _function if _direct else _bound(_name, _function),
+        "CompositeExplicitAutograd",
+    )
+    torch.library.register_fake(
+        f"{NAMESPACE}::{_name}", _FAKES.get(_name, _fake_token), lib=_library
+    )

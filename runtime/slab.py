@@ -1,0 +1,124 @@
+"""Host memory for one token block of all layers: mapped, touched by many threads, registered.
+
+``torch.empty(pin_memory=True)`` gives 1.6 GiB/s; mapping with huge pages, touching with all cores
+and registering gives over 3 (``docs/design.md``), and the allocator's rounding to powers of two is
+avoided.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from headinfer_compile.config import format_bytes
+from headinfer_compile.errors import DoesNotFitError
+
+_REGISTER_STEP_BYTES = 256 << 20
+
+
+class HostSlab:
+    """One registered host buffer; plain memory where there is no CUDA."""
+
+    def __init__(self, nbytes: int, unit_bytes: int, pinned: bool) -> None:
+        """Map ``nbytes``; copies must stay within multiples of ``unit_bytes``.
+
+        Raises:
+            DoesNotFitError: The host has no such memory, or the driver refuses to pin it.
+        """
+        self.nbytes = nbytes
+        self._registered: list[int] = []
+        self._map: mmap.mmap | None = None
+        if not pinned:
+            with torch.inference_mode(False):
+                self.tensor = torch.empty(nbytes, dtype=torch.uint8)
+            return
+        try:
+            self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise DoesNotFitError(
+                f"cannot map {format_bytes(nbytes)} of host memory for KV pages: {error}"
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        with torch.inference_mode(False):
+            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._touch()
+        self._register(unit_bytes)
+
+    def _touch(self) -> None:
+        start, workers = self.tensor.data_ptr(), min(16, os.cpu_count() or 1)
+        step = -(-self.nbytes // workers)
+        with ThreadPoolExecutor(workers) as pool:
+            # ctypes releases the GIL, so the pages are faulted in by all threads at once.
+            spans = [(start + at, min(step, self.nbytes - at)) for at in range(0, self.nbytes, step)]
+            list(pool.map(lambda span: ctypes.memset(span[0], 0, span[1]), spans))
+
+    def _register(self, unit_bytes: int) -> None:
+        cudart = torch.cuda.cudart()
+        # A copy must not span two registrations, so each one ends where a page of KV ends.
+        units = max(1, _REGISTER_STEP_BYTES // unit_bytes)
+        step = units * unit_bytes if unit_bytes % mmap.PAGESIZE == 0 else self.nbytes
+        for at in range(0, self.nbytes, step):
+            pointer = self.tensor.data_ptr() + at
+            status = cudart.cudaHostRegister(pointer, min(step, self.nbytes - at), 0)
+            if int(status) != 0:
+                self.close()
+                raise DoesNotFitError(
+                    f"the driver refused to pin {format_bytes(self.nbytes)} of host memory "
+                    f"({status}); lower host_budget or the context"
+                )
+            self._registered.append(pointer)
+
+    def close(self) -> None:
+        """Unregister; the memory goes back once no view of it is left."""
+        for pointer in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(pointer)
+        self._registered.clear()
+
+
+class SlabAllocator:
+    """Makes slabs, one ahead of use on a thread of its own so that prefill does not wait."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="headinfer-slab") if pinned else None
+        self._ahead: dict[tuple[int, int], list[Future[HostSlab]]] = {}
+
+    def prepare(self, nbytes: int, unit_bytes: int) -> None:
+        """Start making a slab that ``take`` will ask for."""
+        if self._pool is not None:
+            future = self._pool.submit(HostSlab, nbytes, unit_bytes, True)
+            self._ahead.setdefault((nbytes, unit_bytes), []).append(future)
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of slabs being prepared and not yet taken."""
+        return sum(nbytes * len(futures) for (nbytes, _), futures in self._ahead.items())
+
+    def take(self, nbytes: int, unit_bytes: int) -> HostSlab:
+        """Return a slab, waiting for one in preparation if there is.
+
+        Raises:
+            DoesNotFitError: As ``HostSlab``.
+        """
+        waiting = self._ahead.get((nbytes, unit_bytes))
+        if waiting:
+            future = waiting.pop(0)
+            if not waiting:
+                del self._ahead[nbytes, unit_bytes]
+            return future.result()
+        return HostSlab(nbytes, unit_bytes, self._pinned)
+
+    def close(self) -> None:
+        """Give back what was prepared and stop the thread."""
+        for futures in self._ahead.values():
+            for future in futures:
+                if not future.cancel() and future.exception() is None:
+                    future.result().close()
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown()

@@ -1,0 +1,166 @@
+"""One forward pass as the runtime sees it: which rows go where, and which KV blocks there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from headinfer_compile.runtime.masks import visible_range
+from headinfer_compile.runtime.pages import TokenBlock
+from headinfer_compile.runtime.spec import SiteSpec
+
+Phase = Literal["prefill", "decode"]
+
+DECODE_MAX_QUERIES = 64
+"""Up to this many new tokens the link binds, so all heads of a page move in one copy."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one piece that go to one token block."""
+
+    block: TokenBlock
+    row: int
+    rows: int
+    offset: int
+    """First row within the piece."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that one ``pack`` handles."""
+
+    source: Literal["tail", "new"]
+    start: int
+    """First row within the source."""
+    rows: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def to_host(self) -> bool:
+        """Whether any row needs a D2H copy."""
+        return any(segment.block.tier == "host" for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class KVBlock:
+    """Consecutive pages attended as one block."""
+
+    tier: Literal["gpu", "host"]
+    start: int
+    rows: int
+    pages: tuple[tuple[TokenBlock, int], ...]
+    """Token blocks with the rows valid in each."""
+    full: bool
+    """Whether the block has the one shape that most blocks of its phase have."""
+
+    @property
+    def tag(self) -> tuple[object, ...]:
+        """What a slot filled from this block holds, apart from layer and heads."""
+        return tuple((block.index, block.version, rows) for block, rows in self.pages)
+
+
+@dataclass
+class Step:
+    """State of one forward pass over one cache."""
+
+    past: int
+    new: int
+    stored: int
+    """Tokens in pages before the step; the other ``past - stored`` are in the tail."""
+    phase: Phase
+    appends: bool
+    """New tokens go to the tail (decode); otherwise to pages through the staging ring."""
+    flushes: bool
+    """The tail fills up in this step and is written to its pages."""
+    pieces: tuple[Piece, ...]
+    regular: bool
+    """Whether ``new`` is the chunk size that most chunks have."""
+    query_chunk: dict[int, int] = field(default_factory=dict)
+    """Tokens of a query chunk, by spec."""
+    padding: dict[int, bool] = field(default_factory=dict)
+    """By id of a padding mask: whether any visible column is masked."""
+    blocks: dict[SiteSpec, tuple[KVBlock, ...]] = field(default_factory=dict)
+    eager_layers: set[int] = field(default_factory=set)
+    """Layers that have come through the path without a schedule."""
+
+    @property
+    def tail_rows(self) -> int:
+        """Tokens in the tail before the step."""
+        return self.past - self.stored
+
+    @property
+    def stored_after(self) -> int:
+        """Tokens in pages once the step is committed."""
+        if self.appends and not self.flushes:
+            return self.stored
+        return self.past + self.new
+
+    def query_range(self, spec: int, chunk: int) -> tuple[int, int]:
+        """Half-open range of new tokens in query chunk ``chunk`` of spec ``spec``."""
+        start = chunk * self.query_chunk[spec]
+        return start, min(self.new, start + self.query_chunk[spec])
+
+
+def split_rows(
+    source: Literal["tail", "new"],
+    rows: int,
+    position: int,
+    limit: int,
+    blocks: Sequence[TokenBlock],
+) -> list[Piece]:
+    """Cut ``rows`` rows that belong at token ``position`` into pieces of at most ``limit`` rows."""
+    pieces = []
+    for start in range(0, rows, limit):
+        count = min(limit, rows - start)
+        first, segments = position + start, []
+        for block in blocks:
+            low, high = max(first, block.start), min(first + count, block.start + block.tokens)
+            if low < high:
+                segments.append(Segment(block, low - block.start, high - low, low - first))
+        assert sum(segment.rows for segment in segments) == count
+        pieces.append(Piece(source, start, count, tuple(segments)))
+    return pieces
+
+
+def group_blocks(
+    step: Step, spec: SiteSpec, table: Sequence[TokenBlock], slot_tokens: int
+) -> tuple[KVBlock, ...]:
+    """KV blocks of the pages that some query of the step can see: resident first, then host's.
+
+    Resident pages are blocks of their own; host pages are joined up to ``slot_tokens`` tokens.
+    """
+    low, high = visible_range(spec.mask, past=step.past, q_start=0, q_stop=step.new)
+    resident: list[KVBlock] = []
+    host: list[KVBlock] = []
+    run: list[tuple[TokenBlock, int]] = []
+
+    def close_run() -> None:
+        if run:
+            rows = sum(count for _, count in run)
+            host.append(KVBlock("host", run[0][0].start, rows, tuple(run), rows == slot_tokens))
+            run.clear()
+
+    for block in table:
+        rows = min(block.tokens, step.stored - block.start)
+        if rows <= 0:
+            break
+        if block.start + rows <= low or block.start >= high:
+            continue
+        if block.tier == "gpu":
+            full = rows == block.tokens
+            resident.append(KVBlock("gpu", block.start, rows, ((block, rows),), full))
+            continue
+        if sum(count for _, count in run) + rows > slot_tokens:
+            close_run()
+        run.append((block, rows))
+    close_run()
+    return (*resident, *host)
+
+
+def padding_masks_anything(mask: torch.Tensor) -> bool:
+    """Whether a padding mask ``[B, kv]`` hides any column; synchronises with the device."""
+    return not bool(mask.to(torch.bool).all())

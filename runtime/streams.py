@@ -1,0 +1,88 @@
+"""Streams by role and events, with stand-ins on devices that have none.
+
+On a CPU everything runs in program order, so the stand-ins do nothing; the calls are the same.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """The part of ``torch.cuda.Event`` that the runtime uses."""
+
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+
+
+class _DoneEvent:
+    """Event of a device that runs in program order."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+
+class Streams:
+    """The h2d and d2h streams of one session; compute is the caller's current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_cuda = device.type == "cuda"
+        self.device = device
+        self._nothing: AbstractContextManager[None] = nullcontext()
+        self._done = _DoneEvent()
+        if self.is_cuda:
+            self._h2d = torch.cuda.Stream(device)
+            self._d2h = torch.cuda.Stream(device)
+            self._compute = torch.cuda.current_stream(device)
+
+    def begin_step(self) -> None:
+        """Learn which stream the caller computes on."""
+        if self.is_cuda:
+            self._compute = torch.cuda.current_stream(self.device)
+
+    def new_event(self) -> Event:
+        """A fresh, unrecorded event."""
+        return torch.cuda.Event() if self.is_cuda else self._done
+
+    def on(self, role: str) -> AbstractContextManager[object]:
+        """Context that makes the stream of ``role`` (``"h2d"`` or ``"d2h"``) current."""
+        if not self.is_cuda:
+            return self._nothing
+        # `with stream` costs 2 us on the host, `with torch.cuda.stream(stream)` 19.
+        return self._h2d if role == "h2d" else self._d2h
+
+    def _stream(self, role: str) -> torch.cuda.Stream:
+        return {"h2d": self._h2d, "d2h": self._d2h, "compute": self._compute}[role]
+
+    def record(self, event: Event, role: str) -> None:
+        """Record ``event`` on the stream of ``role``."""
+        if self.is_cuda:
+            assert isinstance(event, torch.cuda.Event)
+            event.record(self._stream(role))
+
+    def wait(self, event: Event, role: str) -> None:
+        """Make the stream of ``role`` wait for ``event``; the host does not wait."""
+        if self.is_cuda:
+            assert isinstance(event, torch.cuda.Event)
+            self._stream(role).wait_event(event)
+
+    def join(self, role: str, other: str) -> None:
+        """Make all later work of ``role`` wait for all earlier work of ``other``."""
+        if self.is_cuda:
+            self._stream(role).wait_stream(self._stream(other))
+
+    def drain(self) -> None:
+        """Block the host until both copy streams are idle."""
+        if self.is_cuda:
+            self._h2d.synchronize()
+            self._d2h.synchronize()
+
+    def raw(self, role: str) -> int:
+        """The ``cudaStream_t`` of a role, for calls past torch."""
+        return int(self._stream(role).cuda_stream)
