@@ -28,7 +28,7 @@ def stats_table(stats: CacheStats) -> Table:
         ],
         [
             ("host: pages", format_bytes(stats.host_bytes)),
-            ("host: one slab", format_bytes(stats.slab_bytes)),
+            ("host: largest slab", format_bytes(stats.slab_bytes)),
             ("device: resident blocks", format_bytes(stats.resident_bytes)),
             ("device: slots", format_bytes(stats.slot_bytes)),
             ("device: staging", format_bytes(stats.staging_bytes)),
@@ -47,8 +47,9 @@ def stats_table(stats: CacheStats) -> Table:
             ("materialised layers", str(stats.materialised_layers)),
         ],
     ]
-    if stats.link_utilisation:
+    if stats.link_utilisation is not None:
         sections[2].append(("link utilisation", f"{stats.link_utilisation:.0%}"))
+    if stats.exposed_wait_us is not None:
         sections[2].append(("waited for the link", f"{stats.exposed_wait_us / 1e3:,.1f} ms"))
     for section in sections:
         for name, value in section:

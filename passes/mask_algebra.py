@@ -74,7 +74,7 @@ class Domain:
             slope = linear.coeff(symbol)
             linear = linear.subs(symbol, last if slope < 0 else 0)
         linear = sympy.expand(linear)
-        for symbol, lowest in ((PAST, 0), (NEW, 1)):
+        for symbol, lowest in ((PAST, 0), (NEW, 1), (_SYMBOLS["b"], 0), (_SYMBOLS["h"], 0)):
             if linear.coeff(symbol) < 0:
                 return False
             linear = linear.subs(symbol, lowest)
@@ -97,6 +97,13 @@ def to_expr(value: sympy.Expr) -> Expr:
     return functools.reduce(
         lambda left, right: make(names[value.func], left, right), map(to_expr, value.args)
     )
+
+
+def uncast(expr: Expr) -> Expr:
+    """``expr`` without the conversions around it."""
+    while expr.op == "cast":
+        expr = expr.args[0]
+    return expr
 
 
 def to_linear(expr: Expr) -> sympy.Expr | None:
@@ -158,6 +165,7 @@ def prove(expr: Expr, domain: Domain, single_row: Sequence[bool]) -> MaskForm:
         else:
             window = sympy.expand(term.linear - distance + 1)
             known = bool(window.is_Integer and window >= 1)
+            causal = causal or domain.nonnegative(sympy.expand(-distance - term.linear))
             complete = complete and known
             windows += [int(window)] if known else []
     window_size = min(windows, default=None)

@@ -13,10 +13,16 @@ from typing import Any, TypeGuard
 
 import sympy
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from headinfer_compile.passes.graph_utils import node_value
-from headinfer_compile.passes.mask_algebra import Domain, UnreadableError, to_expr, to_linear
+from headinfer_compile.passes.mask_algebra import (
+    Domain,
+    UnreadableError,
+    to_expr,
+    to_linear,
+    uncast,
+)
 from headinfer_compile.runtime.masks import Expr, const, load, make
 
 Index = tuple[Expr, ...]
@@ -62,8 +68,6 @@ _EXPANDS = ("expand", "expand_as", "broadcast_to")
 _FILLS = {"ones": 1, "zeros": 0, "ones_like": 1, "zeros_like": 0, "new_ones": 1, "new_zeros": 0}
 _FULLS = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0}
 _EXACT_INTEGERS = (torch.int64, torch.int32)
-_AUGMENTED = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "xor")
-_IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in _AUGMENTED))
 
 
 def symbolic(size: int | torch.SymInt) -> sympy.Expr:
@@ -112,10 +116,13 @@ class MaskReader:
 
     def is_large(self, node: Node) -> bool:
         """Whether it is made in the graph with two dimensions as long as queries or keys."""
+        ours = self.domain.total.free_symbols
         lengths = {self.domain.total, self.domain.new} - {sympy.Integer(1)}
-        symbols = self.domain.total.free_symbols
-        long = [s in lengths or not symbols.isdisjoint(s.free_symbols) for s in self.shape(node)]
-        return node.op not in ("placeholder", "get_attr") and sum(long) > 1
+        shape = self.shape(node)
+        long = [size in lengths or not ours.isdisjoint(size.free_symbols) for size in shape]
+        unknown = [not size.free_symbols <= ours for size in shape]
+        made_here = node.op not in ("placeholder", "get_attr")
+        return made_here and any(long) and sum(long) + sum(unknown) > 1
 
     def broadcast(self, node: Node, index: Index) -> Index:
         """The index into an operand that broadcasts to the tensor that ``index`` indexes."""
@@ -150,26 +157,6 @@ class MaskReader:
         return linear is not None and self.domain.nonnegative(linear)
 
 
-def is_mutated(graph: Graph, nodes: set[Node]) -> bool:
-    """Whether an in-place operation of the graph may write to one of ``nodes``, or to a view."""
-    for node in graph.nodes:
-        written = [node.kwargs["out"]] if "out" in node.kwargs else []
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            written += node.all_input_nodes
-        elif node.target in _IN_PLACE or (
-            name.endswith("_") and not name.endswith("__") and not hasattr(operator, name)
-        ):
-            written += node.args[:1]
-        for base in written:
-            while isinstance(base, Node):
-                if base in nodes:
-                    return True
-                base = base.args[0] if base.args else None
-    return False
-
-
 def _operation(node: Node) -> str:
     """The name of a torch or operator function or of a Tensor method; "" for anything else."""
     if node.op == "call_method":
@@ -186,6 +173,13 @@ def _cast(expr: Expr, source: torch.dtype | None, target: torch.dtype) -> Expr:
     """``expr`` converted, unless both types hold its values alike."""
     if source == target or (source in _EXACT_INTEGERS and target in _EXACT_INTEGERS):
         return expr
+    inner = uncast(expr)
+    if target == torch.bool and inner.op == "where":
+        test, *choices = inner.args
+        numbers = [uncast(choice) for choice in choices]
+        if all(number.op == "const" for number in numbers):
+            left, right = (const(bool(number.args[0])) for number in numbers)
+            return _select(test, left, right, boolean=True)
     name = str(target).removeprefix("torch.")
     return expr if expr.op == "cast" and expr.args[1] == name else Expr("cast", (expr, name))
 
@@ -225,8 +219,7 @@ def _unary(reader: MaskReader, node: Node, index: Index) -> Expr:
 
 
 def _same(reader: MaskReader, node: Node, index: Index) -> Expr:
-    source = node.args[0]
-    assert isinstance(source, Node)
+    source = _source(node)
     expr = reader.element(source, index)
     return _cast(expr, node_value(source).dtype, node_value(node).dtype)
 
@@ -244,7 +237,7 @@ def _fill(reader: MaskReader, node: Node, index: Index) -> Expr:
         value: Any = _FILLS[name]
     else:
         position = _FULLS[name]
-        value = node.args[position] if len(node.args) > position else node.kwargs["fill_value"]
+        value = node.args[position] if len(node.args) > position else node.kwargs.get("fill_value")
     return reader.operand(value, (), boolean=_is_bool(node))
 
 

@@ -34,6 +34,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import operator
 
 import sympy
 import torch
@@ -41,11 +42,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
 from headinfer_compile.passes.graph_utils import node_value
-from headinfer_compile.passes.mask_algebra import Domain, UnreadableError, prove
-from headinfer_compile.passes.mask_reader import MaskReader, is_mutated, symbolic
+from headinfer_compile.passes.mask_algebra import Domain, UnreadableError, prove, uncast
+from headinfer_compile.passes.mask_reader import MaskReader, symbolic
 from headinfer_compile.runtime.masks import AXES, Expr, MaskForm, describe, make
 
 log = logging.getLogger(__name__)
+
+_AUGMENTED = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "xor")
+_IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in _AUGMENTED))
 
 # Positions in the arguments of headinfer.attention.
 _QUERY, _MASK, _MASK_INPUTS, _PAST = 1, 4, 5, 7
@@ -113,7 +117,7 @@ def _recover(
         raise UnreadableError("it has both a mask and is_causal")
     reader = MaskReader(domain)
     expr = reader.element(mask, _index(reader, mask))
-    if is_mutated(graph, reader.visited):
+    if _is_mutated(graph, reader.visited):
         raise UnreadableError("a tensor of the mask is written in place")
     batch = symbolic(node_value(query).shape[0])
     single = [batch == 1 or reader.shape(node)[:1] == (1,) for node in reader.inputs]
@@ -132,31 +136,50 @@ def _recover(
     return _number_inputs(form, reader.inputs)
 
 
+def _is_mutated(graph: Graph, nodes: set[Node]) -> bool:
+    """Whether an in-place operation of the graph may write to one of ``nodes``, or to a view."""
+    for node in graph.nodes:
+        written = [node.kwargs["out"]] if "out" in node.kwargs else []
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            written += node.all_input_nodes
+        elif node.target in _IN_PLACE or (
+            name.endswith("_") and not name.endswith("__") and not hasattr(operator, name)
+        ):
+            written += node.args[:1]
+        for base in written:
+            while isinstance(base, Node):
+                if base in nodes:
+                    return True
+                base = base.args[0] if base.args else None
+    return False
+
+
 def _index(reader: MaskReader, mask: Node) -> tuple[Expr, ...]:
     """The index of a mask's element (b, h, q, kv), with 0 in the dimensions that broadcast."""
     shape = reader.shape(mask)
     lengths = (reader.domain.new, reader.domain.total)
-    sizes = zip(reversed(shape), reversed(lengths), strict=False)
-    if len(shape) > len(AXES) or any(size not in (1, length) for size, length in sizes):
-        raise UnreadableError(f"a mask of shape {list(shape)} for [n, kv] = {list(lengths)}")
+    for size, length in zip(reversed(shape), reversed(lengths), strict=False):
+        # A size in other symbols is left to SDPA's own contract: it is 1 or the length.
+        if size != 1 and (size - length).is_number and size != length:
+            raise UnreadableError(f"a mask of shape {list(shape)} for [n, kv] = {list(lengths)}")
+    if len(shape) > len(AXES):
+        raise UnreadableError(f"a mask of {len(shape)} dimensions")
     axes = tuple(Expr(axis) for axis in AXES[len(AXES) - len(shape) :])
     return reader.broadcast(mask, axes)
 
 
 def _additive_choice(expr: Expr) -> tuple[Expr, float] | None:
     """Split an additive mask that is 0 or one negative number: where it is 0, and the number."""
-    while expr.op == "cast":
-        expr = expr.args[0]
+    expr = uncast(expr)
     if expr.op != "where":
         return None
     test, *choices = expr.args
-    values = []
-    for choice in choices:
-        while choice.op == "cast":
-            choice = choice.args[0]
-        if choice.op != "const":
-            return None
-        values.append(float(choice.args[0]))
+    numbers = [uncast(choice) for choice in choices]
+    if any(number.op != "const" for number in numbers):
+        return None
+    values = [float(number.args[0]) for number in numbers]
     if values[0] == 0 > values[1]:
         return test, values[1]
     return (make("not", test), values[0]) if values[1] == 0 > values[0] else None

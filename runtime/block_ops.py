@@ -122,7 +122,8 @@ def _attend(
             low, high = keys[0] - step.past, keys[1] - step.past
             k, v = k[:, :, low:high], v[:, :, low:high]
     causal, mask = _mask(spec, step, masks, keys, queries, span, q.device)
-    fixed = step.regular and (span == NEW or (span >= 0 and session.kv_blocks(spec)[span].full))
+    rows = keys[1] - keys[0]
+    fixed = step.regular and span != TAIL and step.is_common_length(rows)
     kernel = _kernel(session, spec, q, k, causal, mask is not None, fixed)
     return kernel.run(q, k, v, scale=spec.scale, causal=causal, mask=mask)
 

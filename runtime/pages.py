@@ -24,6 +24,7 @@ Views = tuple[torch.Tensor, torch.Tensor]
 _PAGE_BYTES = 32 << 20
 """Transfer unit that reaches 99 % of a PCIe 5 link even behind a slow host path."""
 _FIRST_PAGE_TOKENS = 1024
+_LARGEST_RESIDENT_TOKENS = 65536
 
 
 @dataclass
@@ -94,15 +95,16 @@ class BlockTable:
         capacity, gpu, host = self.capacity, self.bytes_on("gpu"), self.bytes_on("host")
         on_host = any(block.tier == "host" for block in self.blocks)
         while capacity < tokens:
-            count = self.tokens_of(len(self.blocks) + len(made))
-            nbytes = count * self.geometry.token_bytes
-            if not on_host and gpu + nbytes <= self.gpu_budget:
+            index = len(self.blocks) + len(made)
+            count = 0 if on_host else self._resident_tokens(index, self.gpu_budget - gpu)
+            if count:
                 made.append((count, "gpu"))
-                gpu += nbytes
+                gpu += count * self.geometry.token_bytes
             else:
                 on_host = True
+                count = self.tokens_of(index)
                 made.append((count, "host"))
-                host += nbytes
+                host += count * self.geometry.token_bytes
             capacity += count
         if host > self.host_budget:
             held = capacity - (host - self.host_budget) // self.geometry.token_bytes
@@ -113,6 +115,19 @@ class BlockTable:
                 f"context under about {max(0, held)} tokens"
             )
         return made
+
+    def _resident_tokens(self, index: int, budget: int) -> int:
+        """Tokens of resident block ``index``: doubling, so that few blocks are attended, or 0.
+
+        A resident block is never transferred, so 32 MiB pages bound only its smallest part.
+        """
+        page = self.tokens_of(index)
+        if self.page_tokens is not None:
+            return page if page * self.geometry.token_bytes <= budget else 0
+        count = min(_LARGEST_RESIDENT_TOKENS, _FIRST_PAGE_TOKENS << max(0, index - 1))
+        while count >= page and count * self.geometry.token_bytes > budget:
+            count //= 2
+        return count if count >= page else 0
 
     def ensure(self, tokens: int) -> None:
         """Make blocks until there are pages for ``tokens`` tokens.

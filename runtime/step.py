@@ -54,8 +54,6 @@ class KVBlock:
     rows: int
     pages: tuple[tuple[TokenBlock, int], ...]
     """Token blocks with the rows valid in each."""
-    full: bool
-    """Whether the block has the one shape that most blocks of its phase have."""
 
     @property
     def tag(self) -> tuple[object, ...]:
@@ -99,6 +97,15 @@ class Step:
             return self.stored
         return self.past + self.new
 
+    def is_common_length(self, rows: int) -> bool:
+        """Whether KV spans of ``rows`` rows are met often enough for a kernel that plans per shape.
+
+        Chunked prefill ends its past at multiples of the chunk; the small multiples and the powers
+        of two are few, and between them cover every block but a ragged last one.
+        """
+        count, rest = divmod(rows, self.new)
+        return rest == 0 and (count <= 4 or count & (count - 1) == 0)
+
     def query_range(self, spec: int, chunk: int) -> tuple[int, int]:
         """Half-open range of new tokens in query chunk ``chunk`` of spec ``spec``."""
         start = chunk * self.query_chunk[spec]
@@ -141,7 +148,7 @@ def group_blocks(
     def close_run() -> None:
         if run:
             rows = sum(count for _, count in run)
-            host.append(KVBlock("host", run[0][0].start, rows, tuple(run), rows == slot_tokens))
+            host.append(KVBlock("host", run[0][0].start, rows, tuple(run)))
             run.clear()
 
     for block in table:
@@ -151,8 +158,7 @@ def group_blocks(
         if block.start + rows <= low or block.start >= high:
             continue
         if block.tier == "gpu":
-            full = rows == block.tokens
-            resident.append(KVBlock("gpu", block.start, rows, ((block, rows),), full))
+            resident.append(KVBlock("gpu", block.start, rows, ((block, rows),)))
             continue
         if sum(count for _, count in run) + rows > slot_tokens:
             close_run()

@@ -9,20 +9,21 @@ from typing import Any
 
 import sympy
 import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node, map_arg
+from transformers.cache_utils import Cache
+
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.passes import recover_mask
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
 from headinfer_compile.runtime.masks import MaskForm, block_mask
-from torch import Tensor
-from torch.fx import GraphModule, Node, map_arg
-from transformers.cache_utils import Cache
 
 SDPA = (
     torch.nn.functional.scaled_dot_product_attention,
     torch._C._nn.scaled_dot_product_attention,
 )
 
-LIB = torch.library.Library("headinfer_mask_tests", "FRAGMENT")
+LIB: Any = torch.library.Library("headinfer_mask_tests", "FRAGMENT")  # type: ignore[no-untyped-call]
 LIB.define("update(Tensor k, Tensor v, int layer, SymInt past) -> (Tensor, Tensor)")
 
 
@@ -35,7 +36,7 @@ LIB.impl("update", _update, "CompositeExplicitAutograd")
 LIB._register_fake("update", _update)
 
 
-class GrowingCache(Cache):  # type: ignore[misc]
+class GrowingCache(Cache):
     """Holds a length only; K and V are zeros, which masks do not depend on."""
 
     is_compileable = False
@@ -96,7 +97,7 @@ class Capture:
     batch: int
 
     @property
-    def sites(self) -> list[Node]:
+    def sites(self) -> list[Any]:
         return [node for node in self.gm.graph.nodes if META in node.meta]
 
     def recover(self) -> list[MaskForm]:
@@ -120,7 +121,7 @@ def make_sites(gm: GraphModule, past: Callable[[Node], Any], strict: bool = Fals
         index = len(capture.masks)
         site = AttentionSite(index, index, 2, 2, 8, 8, 1.0, causal, None, "test")
         with gm.graph.inserting_before(node):
-            args = (q, q, k, v, mask, [], index, past(node), 1.0, causal)
+            args: Any = (q, q, k, v, mask, [], index, past(node), 1.0, causal)
             new = gm.graph.call_function(attention, args)
         new.meta = {**node.meta, META: site}
         node.replace_all_uses_with(new)
@@ -145,10 +146,8 @@ def capture_model(
         return source.args[3]
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        run = gm.forward
-        copy = GraphModule(gm, gm.graph.__deepcopy__())
-        found.append(make_sites(copy, past))
-        return run
+        found.append(make_sites(GraphModule(gm, gm.graph.__deepcopy__()), past))
+        return gm.forward
 
     torch._dynamo.reset()
     model.compile(backend=backend)
@@ -157,39 +156,38 @@ def capture_model(
     return found
 
 
-def capture_mask(
-    build: Callable[..., Tensor | None],
+def capture_masks(
+    builds: Sequence[Callable[..., Tensor | None]],
     tensors: Sequence[Tensor] = (),
     past: int = 5,
     new: int = 3,
-    batch: int = 2,
     strict: bool = False,
 ) -> Capture:
-    """Capture an attention whose mask is ``build(past, new, *tensors)``, with symbolic lengths."""
+    """Capture one attention per ``build(past, new, *tensors)``, its mask; lengths are symbolic."""
     found: list[Capture] = []
 
-    def model(q: Tensor, old: Tensor, *tensors: Tensor) -> Tensor:
+    def model(q: Tensor, old: Tensor, *tensors: Tensor) -> list[Tensor]:
         k = torch.cat([old, q], 2)
-        mask = build(old.shape[2], q.shape[2], *tensors)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+        masks = [build(old.shape[2], q.shape[2], *tensors) for build in builds]
+        return [
+            torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+            for mask in masks
+        ]
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        old = next(n for n in gm.graph.nodes if n.name == "l_old_").meta["example_value"].shape[2]
-        length: Any = old
-        if not isinstance(old, int):
+        copy = GraphModule(gm, gm.graph.__deepcopy__())
+        nodes = list(copy.graph.nodes)
+        length = next(n for n in nodes if n.name == "l_old_").meta["example_value"].shape[2]
+        if isinstance(length, torch.SymInt):
+            scalars = [n for n in nodes if isinstance(n.meta.get("example_value"), torch.SymInt)]
             length = next(
-                node
-                for node in gm.graph.nodes
-                if isinstance(node.meta.get("example_value"), torch.SymInt)
-                and node.meta["example_value"].node.expr == old.node.expr
+                n for n in scalars if n.meta["example_value"].node.expr == length.node.expr
             )
-        found.append(
-            make_sites(GraphModule(gm, gm.graph.__deepcopy__()), lambda node: length, strict)
-        )
+        found.append(make_sites(copy, lambda node: length, strict))
         return gm.forward
 
     torch._dynamo.reset()
-    q, old = torch.zeros(batch, 2, new, 8), torch.zeros(batch, 2, past, 8)
+    q, old = torch.zeros(2, 2, new, 8), torch.zeros(2, 2, past, 8)
     torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(q, old, *tensors)
     (capture,) = found
     return capture
@@ -198,7 +196,7 @@ def capture_mask(
 class Values:
     """Concrete values of nodes of a graph for given lengths; placeholders are made on demand."""
 
-    def __init__(self, capture: Capture, site: Node, past: int, new: int, seed: int) -> None:
+    def __init__(self, capture: Capture, site: Any, past: int, new: int, seed: int) -> None:
         self.past, self.new, self.batch = past, new, capture.batch
         self.rng = random.Random(seed)
         self.known: dict[Node, Any] = {}
@@ -239,8 +237,8 @@ class Values:
             if node.op == "placeholder":
                 self.known[node] = self.placeholder(node)
             else:
-                args = map_arg(node.args, self.__getitem__)
-                kwargs = map_arg(node.kwargs, self.__getitem__)
+                args: Any = map_arg(node.args, self.__getitem__)
+                kwargs: Any = map_arg(node.kwargs, self.__getitem__)
                 target: Any = node.target
                 if node.op == "call_method":
                     target = getattr(torch.Tensor, str(node.target))
@@ -271,7 +269,7 @@ def blocks_of(
 
 
 def assert_same_mask(
-    capture: Capture, site: Node, past: int, new: int, seed: int, hidden: float | None = None
+    capture: Capture, site: Any, past: int, new: int, seed: int, hidden: float | None = None
 ) -> None:
     """Assert that the blocks of a recovered form equal the mask that the graph computed.
 
@@ -285,13 +283,21 @@ def assert_same_mask(
     if hidden is not None:
         assert set(expected.unique().tolist()) <= {0.0, hidden}
         expected = expected == 0
-    shape = torch.broadcast_shapes(expected.shape, (1, 1, new, past + new))
+    shape = (1,) * (4 - expected.dim()) + tuple(expected.shape[:-2]) + (new, past + new)
     nodes: Any = site.args[5]
     inputs = [values[node] for node in nodes]
     for q, k, block in blocks_of(record.mask, inputs, past, new, random.Random(seed)):
         wanted = expected.expand(shape)[:, :, q[0] : q[1], k[0] : k[1]]
-        got = block.expand(torch.broadcast_shapes(block.shape, wanted.shape))
-        wanted = wanted.expand(got.shape)
+        got, wanted = torch.broadcast_tensors(block, wanted)  # type: ignore[no-untyped-call]
         message = f"seed {seed}, past {past}, new {new}, block {q} x {k}: {record.mask.formula}"
         assert got.dtype == wanted.dtype, message
         assert torch.equal(got, wanted), message
+
+
+def check(capture: Capture, site: Any, seed: int, hidden: float | None = None) -> None:
+    """Compare with brute force at random lengths that the graph accepts."""
+    rng = random.Random(seed)
+    fakes = (Values.fake(site.args[7]), Values.fake(site.args[1]).shape[2])
+    for trial in range(3):
+        past, new = (size if isinstance(size, int) else rng.randint(2, 12) for size in fakes)
+        assert_same_mask(capture, site, past, new, seed * 10 + trial, hidden)

@@ -163,7 +163,8 @@ def fuse_attention(gm: GraphModule) -> None:
             )
         site.meta = {**node.meta, "headinfer": f"site of layer {layer}"}
         node.replace_all_uses_with(site)
-    gm.graph.eliminate_dead_code()
+    # The site makes the update, so its effect is no reason to keep it.
+    gm.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     gm.recompile()
 
 

@@ -32,7 +32,7 @@ def _inference() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("num_layers", "fuse"), [(2, True), (4, True), (4, False)])
+@pytest.mark.parametrize(("num_layers", "fuse"), [(2, False), (4, True)])
 def test_llama_has_three_regions_at_any_depth_and_length(num_layers: int, fuse: bool) -> None:
     model, backend = tiny_llama(num_layers), Backend("eager", fuse)
     plain = tiny_llama(num_layers)

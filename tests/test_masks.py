@@ -7,6 +7,8 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
+
 from headinfer_compile.runtime.masks import (
     FALSE,
     TRUE,
@@ -18,7 +20,6 @@ from headinfer_compile.runtime.masks import (
     make,
     visible_range,
 )
-from torch import Tensor
 
 B, H, Q, KV, PAST = (Expr(name) for name in ("b", "h", "q", "kv", "past"))
 
