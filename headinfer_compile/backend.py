@@ -133,8 +133,10 @@ def _compile(
 ) -> CompiledGraph:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     parameters = [
-        value for value in example_inputs if isinstance(value, torch.nn.Parameter)
-    ] or [value for value in example_inputs if isinstance(value, torch.Tensor) and value.dim() == 2]
+        index
+        for index, value in enumerate(example_inputs)
+        if isinstance(value, torch.nn.Parameter)
+    ]
     positions = [
         index
         for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
@@ -163,8 +165,8 @@ def _compile(
         config=config,
         sites=sites,
         report=report,
-        parameters=parameters,
         handle_index=placeholders.index(handle),
+        parameter_index=parameters[0] if parameters else placeholders.index(handle),
         positions_index=positions[0] if positions else None,
         dump=dump,
     )

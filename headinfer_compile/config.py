@@ -174,5 +174,10 @@ class HeadInferConfig:
         return cls(**options)
 
     def cache_key(self) -> str:
-        """A digest over every field."""
-        return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:16]
+        """A digest over every field; equal configs have equal keys."""
+
+        def ordered(value: Any) -> Any:
+            return sorted(value.items(), key=repr) if isinstance(value, Mapping) else value
+
+        values = [ordered(getattr(self, f.name)) for f in dataclasses.fields(self)]
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:16]

@@ -7,7 +7,6 @@ is in the schedule and nowhere else.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,11 +19,13 @@ from headinfer_compile.errors import CacheError
 from headinfer_compile.passes.context import META, AttentionSite, Decline
 from headinfer_compile.passes.lower import RegionReport
 from headinfer_compile.passes.pipeline import Dump, PassReport, build_prologue, build_schedule
-from headinfer_compile.passes.schedule import PieceKind, PlanContext, PlanKey, Schedule
+from headinfer_compile.passes.schedule import PlanContext, PlanKey, Schedule
+from headinfer_compile.plan_key import chained_key
 from headinfer_compile.runtime.ops import session_of
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.spec import SiteSpec
 from headinfer_compile.runtime.step import Step
+from headinfer_compile.step_graphs import StepGraphs
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,9 @@ class CompiledGraph:
     config: HeadInferConfig
     sites: Sequence[AttentionSite]
     report: GraphReport
-    parameters: Sequence[torch.Tensor]
     handle_index: int
+    parameter_index: int
+    """Of an input that tells models apart: the first parameter."""
     positions_index: int | None
     dump: Dump
     specs: list[SiteSpec] = field(default_factory=list)
@@ -79,9 +81,7 @@ class CompiledGraph:
                 self.specs.append(spec)
             self.site_specs.append(self.specs.index(spec))
         self._plans: dict[tuple[int, int | None], _Plan] = {}
-        self._step: Step | None = None
-        self._parameter_ids = frozenset(map(id, self.parameters))
-        self._known_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._steps = StepGraphs(self)
         self._install_sites()
 
     def _install_sites(self) -> None:
@@ -113,24 +113,30 @@ class CompiledGraph:
             # An earlier forward through the cache's eager path was cut short.
             session.abort()
         self._claim(session, args)
+        self._plans.clear()
         session.managed = True
         try:
-            result = self.graph_module.forward(*args)
+            result = self._steps.run(session, args) if self.config.cuda_graphs else self.forward(*args)
             session.commit()
         except BaseException:
             session.abort()
             raise
         finally:
             session.managed = False
-            self._step = None
         return result
+
+    def forward(self, *args: Any) -> Any:
+        """The regions and sites in order."""
+        return self.graph_module.forward(*args)
 
     def _claim(self, session: Session, args: Sequence[Any]) -> None:
         if self.positions_index is not None:
             self._check_positions(session, args[self.positions_index])
-        if session not in self._known_sessions:
-            session.claim(self._parameter_ids)
-            self._known_sessions.add(session)
+        # Dynamo shares a graph between models of one shape: which one calls is in the arguments.
+        caller = (id(self), id(args[self.parameter_index]))
+        if session.claimed_by != caller:
+            session.claim(frozenset(id(a) for a in args if isinstance(a, torch.nn.Parameter)))
+            session.claimed_by = caller
         session.configure(self.config)
         session.specs = self.specs
 
@@ -149,10 +155,7 @@ class CompiledGraph:
 
     def start(self, session: Session, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> Step:
         """Begin the step of this call at its first site."""
-        step = session.start(k, v, past, _ACTIVATIONS_PER_QUERY_BYTE * q.nbytes)
-        self._plans.clear()
-        self._step = step
-        return step
+        return session.start(k, v, past, _ACTIVATIONS_PER_QUERY_BYTE * q.nbytes)
 
     def run_site(
         self, index: int, handle: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -189,11 +192,14 @@ class CompiledGraph:
         site, spec = self.sites[index], self.site_specs[index]
         if session.step is None:
             self.start(session, q, k, v, past)
+        assert session.step is not None
         form = self.specs[spec].mask
         if form.padding is not None:
             session.learn_padding(masks[form.padding])
         last = index + 1 == len(self.sites)
         following = self.sites[0 if last else index + 1]
+        if not session.step.paged and session.fuses_resident(self.specs[spec]):
+            session.sync_paged(None if form.padding is None else masks[form.padding])
         plan = self._plan(session, spec, None if last else self.site_specs[index + 1], masks)
         self._enter(session, plan, site.layer, handle, q, k, v, masks)
         schedule = plan.schedule
@@ -232,16 +238,7 @@ class CompiledGraph:
         return self._plans[spec, next_spec]
 
     def _make_plan(self, session: Session, spec: int, next_spec: int | None) -> _Plan:
-        step = session.step
-        assert step is not None
-        key = self._key(session, spec)
-        if next_spec is not None:
-            following = self._key(session, next_spec)
-            key = replace(key, next_transfers=following.transfers()[: following.entry])
-        elif step.new == 1 and not step.flushes:
-            # The next step reads the same blocks: they change only when the tail is flushed.
-            first = self._key(session, self.site_specs[0])
-            key = replace(key, next_transfers=first.transfers()[: first.entry])
+        key = chained_key(session, spec, next_spec, self.site_specs[0], self.config)
         schedule = session.schedule_overrides.get(key) or self.schedules.get(key)
         if schedule is None:
             context = PlanContext(key, self.config)
@@ -259,29 +256,6 @@ class CompiledGraph:
                 self.prologues[cold] = build_prologue(PlanContext(cold, self.config))
             prologue = self.prologues[cold]
         return _Plan(schedule, prologue)
-
-    def _key(self, session: Session, index: int) -> PlanKey:
-        step, spec, config = session.step, self.specs[index], self.config
-        assert step is not None
-        blocks = session.kv_blocks(spec)
-        resident = sum(block.tier == "gpu" for block in blocks)
-        group = session.layout(step.phase).head_group
-        return PlanKey(
-            spec=index,
-            phase=step.phase,
-            one_query=step.new == 1,
-            causal=spec.mask.causal and spec.mask.expr is None,
-            appends=step.appends,
-            has_tail=step.tail_rows > 0,
-            pieces=tuple(PieceKind(piece.source, piece.to_host) for piece in step.pieces),
-            groups=-(-spec.num_kv_heads // group),
-            chunks=session.query_chunks(index),
-            resident=resident,
-            host=len(blocks) - resident,
-            num_slots=config.num_slots,
-            distance=0 if "hoist_prefetch" in config.disable_passes else config.distance,
-            padded=any(step.padding.values()),
-        )
 
 
 class _SiteCall(torch.nn.Module):

@@ -11,6 +11,8 @@ Result, with one query chunk, a tail and one KV block::
     b = span_kv(k, v, 0, 0, 0);     a2 = headinfer.attend_merge(handle, a1[0], a1[1], q, b[0], b[1], ...)
     g0 = headinfer.store(handle, out, a2[0], spec, 0, 0)
 
+In one-query decode on CUDA one kernel attends the tail and all resident blocks (span ``RESIDENT``).
+
 Past and new tokens are always apart: over the past the mask is full (or a band), over the new
 tokens it is a square. New tokens come first: they need no transfer, so transfers hide behind them.
 Order: head group, query chunk, KV block; queries are split only when accumulators would exceed
@@ -30,8 +32,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from headinfer_compile.passes.context import META
 from headinfer_compile.passes.schedule import (
+    APPEND,
     NEW,
     NEW_PREFIX,
+    RESIDENT,
     TAIL,
     PlanContext,
     PlanKey,
@@ -46,6 +50,8 @@ from headinfer_compile.passes.schedule import (
 
 def spans(key: PlanKey, chunk: int) -> list[int]:
     """The spans that query chunk ``chunk`` attends, in order."""
+    if key.fused:
+        return [RESIDENT, *range(key.resident, key.resident + key.host)]
     found = []
     if not key.one_query:
         found.append(NEW)
@@ -80,6 +86,12 @@ def _attend_chunk(
     todo = spans(key, chunk)
     acc: tuple[Node, Node] | None = None
     for span in todo:
+        if span == RESIDENT:
+            # `insert_transfers` puts the token of the pack in the place of APPEND.
+            args = (handle, inputs["layer"], q, key.spec, APPEND, len(todo) > 1)
+            attend = graph.call_function(torch.ops.headinfer.attend_resident.default, args)
+            acc = _unpack(graph, attend, site, SpanInfo(group, chunk, span))
+            continue
         kv = graph.call_function(span_kv, (inputs["k"], inputs["v"], group, chunk, span))
         kv.meta[META] = SpanInfo(group, chunk, span)
         k, v = (graph.call_function(operator.getitem, (kv, i)) for i in (0, 1))
@@ -92,12 +104,16 @@ def _attend_chunk(
             attend = graph.call_function(
                 torch.ops.headinfer.attend_merge.default, (handle, *acc, q, k, v, *where)
             )
-        copy_meta(attend, site)
-        attend.meta[META] = SpanInfo(group, chunk, span)
-        first, second = (graph.call_function(operator.getitem, (attend, i)) for i in (0, 1))
-        acc = (first, second)
+        acc = _unpack(graph, attend, site, SpanInfo(group, chunk, span))
     assert acc is not None
     store = torch.ops.headinfer.store.default
     return copy_meta(
         graph.call_function(store, (handle, out, acc[0], key.spec, group, chunk)), site
     )
+
+
+def _unpack(graph: Graph, attend: Node, site: Node, info: SpanInfo) -> tuple[Node, Node]:
+    copy_meta(attend, site)
+    attend.meta[META] = info
+    out = graph.call_function(operator.getitem, (attend, 0))
+    return out, graph.call_function(operator.getitem, (attend, 1))

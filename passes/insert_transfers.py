@@ -49,6 +49,8 @@ def run(gm: GraphModule, ctx: PlanContext) -> GraphModule:
     inputs = inputs_of(graph)
     ring = [inputs[f"r{i}"] for i in range(key.num_slots)]
     packed = _insert_pack(graph, inputs, ctx)
+    for node in nodes_of(graph, torch.ops.headinfer.attend_resident.default):
+        node.update_arg(4, packed)
     slot_tokens: list[Node] = list(ring)
     for span in nodes_of(graph, span_kv):
         info = span.meta[META]

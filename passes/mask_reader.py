@@ -226,9 +226,11 @@ def _same(reader: MaskReader, node: Node, index: Index) -> Expr:
 
 def _arange(reader: MaskReader, node: Node, index: Index) -> Expr:
     _plain(node, "layout", "pin_memory")
-    bounds = [reader.scalar(arg) for arg in node.args]
-    steps = index[0] if len(bounds) < 3 else make("mul", index[0], bounds[2])
-    return steps if len(bounds) < 2 else make("add", steps, bounds[0])
+    if len(node.args) < 2:
+        # The end may be a size that the reader does not know, such as the batch.
+        return index[0]
+    start, _, step = (*node.args, 1)[:3]
+    return make("add", make("mul", index[0], reader.scalar(step)), reader.scalar(start))
 
 
 def _fill(reader: MaskReader, node: Node, index: Index) -> Expr:

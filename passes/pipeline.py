@@ -1,9 +1,10 @@
-"""The order of the passes, and the runner that lints, times, dumps and counts after each one."""
+"""The order of the passes, and the runner that cleans up, times, dumps and counts."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch._logging._internal import trace_structured
+from torch._logging._internal import trace_log, trace_structured
 from torch.fx import Graph, GraphModule
 from torch.fx.node import has_side_effect
 
@@ -29,6 +30,7 @@ from headinfer_compile.passes import (
 from headinfer_compile.passes.context import PassContext
 from headinfer_compile.passes.graph_utils import count_ops, readable
 from headinfer_compile.passes.schedule import PlanContext, PlanKey, Schedule
+from headinfer_compile.passes.schedule_code import compile_schedule, remove_unused_items
 from headinfer_compile.passes.schedule_text import schedule_text
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ class PassReport:
     nodes_after: int
     ops_changed: dict[str, int]
     text: str
-    """The graph after the pass; empty when nobody asked for it."""
+    """The graph after the pass. Of a schedule, empty like ``ops_changed`` unless asked for."""
 
 
 #: Once per Dynamo graph.
@@ -73,7 +75,10 @@ PIPELINE = (*(p.__name__.rsplit(".", 1)[1] for p, _ in (*GRAPH_PASSES, *PLAN_PAS
 
 
 class Dump:
-    """Writes each graph to ``debug_dir`` as ``NNN_<pass>.py`` and as a tlparse artifact."""
+    """Writes each graph to ``debug_dir`` as ``NNN_<pass>.py`` and as a tlparse artifact.
+
+    Numbers go on from the files that are there: the graphs of a model share the folder.
+    """
 
     def __init__(self, debug_dir: str | None) -> None:
         self._folder = None if debug_dir is None else Path(debug_dir)
@@ -84,10 +89,14 @@ class Dump:
     @property
     def wanted(self) -> bool:
         """Whether the text of graphs goes anywhere."""
-        return self._folder is not None or log.isEnabledFor(logging.DEBUG)
+        # Without TORCH_TRACE, torch removes the handler when the first frame is compiled.
+        return self._folder is not None or bool(trace_log.handlers)
 
     def write(self, name: str, text: str) -> None:
         """Dump one graph after pass ``name``."""
+        if self._folder is not None:
+            found = [re.match(r"(\d+)_", path.name) for path in self._folder.iterdir()]
+            self._count = max((int(match[1]) + 1 for match in found if match), default=0)
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": f"headinfer_{self._count:03d}_{name}", "encoding": "string"},
@@ -95,7 +104,7 @@ class Dump:
         )
         if self._folder is not None:
             path = self._folder / f"{self._count:03d}_{name}.py"
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(text)
         self._count += 1
@@ -108,28 +117,28 @@ def _run(
     run: Callable[[GraphModule, _C], GraphModule],
     text_of: Callable[[GraphModule], str] | None,
     dump: Dump,
-) -> tuple[GraphModule, PassReport]:
+    ops_before: dict[str, int] | None,
+) -> tuple[GraphModule, PassReport, dict[str, int] | None]:
+    """Run one pass; clean up and count only with ``ops_before``, the ops of ``gm``."""
     ctx.pass_name = name
-    before, nodes_before = count_ops(gm), len(gm.graph.nodes)
+    nodes_before = len(gm.graph.nodes)
     start = time.perf_counter()
     gm = run(gm, ctx)
-    gm.graph.eliminate_dead_code()
-    gm.graph.lint()
+    changed: dict[str, int] = {}
+    after: dict[str, int] | None = None
+    if ops_before is not None:
+        gm.graph.eliminate_dead_code()
+        after = count_ops(gm)
+        differences = {op: after.get(op, 0) - ops_before.get(op, 0) for op in {*ops_before, *after}}
+        changed = {op: differences[op] for op in sorted(differences) if differences[op]}
     seconds = time.perf_counter() - start
-    after = count_ops(gm)
-    changed = {
-        op: after.get(op, 0) - before.get(op, 0)
-        for op in sorted({*before, *after})
-        if after.get(op, 0) != before.get(op, 0)
-    }
     text = ""
     if text_of is not None:
-        gm.recompile()
         header = f"# after {name}: {seconds * 1e3:.1f} ms, {len(gm.graph.nodes)} nodes\n"
         text = header + text_of(gm)
         dump.write(name, text)
     log.debug("%s: %d -> %d nodes in %.1f ms", name, nodes_before, len(gm.graph.nodes), seconds * 1e3)
-    return gm, PassReport(name, seconds, nodes_before, len(gm.graph.nodes), changed, text)
+    return gm, PassReport(name, seconds, nodes_before, len(gm.graph.nodes), changed, text), after
 
 
 def run_graph_passes(
@@ -140,10 +149,12 @@ def run_graph_passes(
     if text_of is not None:
         dump.write("dynamo", readable(gm))
     reports = []
+    ops: dict[str, int] | None = count_ops(gm)
     for module, _ in GRAPH_PASSES:
         name = module.__name__.rsplit(".", 1)[1]
-        gm, report = _run(gm, ctx, name, module.run, text_of, dump)
+        gm, report, ops = _run(gm, ctx, name, module.run, text_of, dump, ops)
         reports.append(report)
+    gm.graph.lint()
     gm.recompile()
     return gm, reports
 
@@ -160,12 +171,17 @@ def build_schedule(
     gm = GraphModule(torch.nn.Module(), Graph())
     text_of = (lambda graph: schedule_text(graph, ctx.key)) if keep_text or dump.wanted else None
     reports = []
+    # Counts and clean-up after each pass cost more than the passes; they are for who reads them.
+    ops: dict[str, int] | None = {} if text_of is not None else None
     for module, _ in PLAN_PASSES:
         name = module.__name__.rsplit(".", 1)[1]
         if name in ctx.config.disable_passes:
             continue
-        gm, report = _run(gm, ctx, name, module.run, text_of, dump)
+        gm, report, ops = _run(gm, ctx, name, module.run, text_of, dump, ops)
         reports.append(report)
+    remove_unused_items(gm)
+    if text_of is not None:
+        dump.write("schedule", f"# ready for load_schedule\n{text_of(gm)}")
     return finish_schedule(gm, ctx, start), reports
 
 
@@ -188,12 +204,11 @@ def finish_schedule(
     if ctx.config.verify:
         verify.run(gm, ctx.key, prologue=prologue)
     verify_seconds = time.perf_counter() - verify_start
-    gm.recompile()
     key: PlanKey = ctx.key
     return Schedule(
         key=key,
         graph_module=gm,
-        function=gm.forward,
+        function=compile_schedule(gm),
         num_transfers=0 if prologue else len(key.transfers()),
         entry=0 if prologue else key.entry,
         exit=key.entry if prologue else len(key.next_transfers),

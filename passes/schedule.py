@@ -23,7 +23,7 @@ from headinfer_compile.passes.context import META
 #: ``(spec, group, block)`` of one transfer.
 Transfer = tuple[int, int, int]
 
-TAIL, NEW, NEW_PREFIX = -1, -2, -3
+TAIL, NEW, NEW_PREFIX, RESIDENT = -1, -2, -3, -4
 APPEND = -1
 
 
@@ -56,6 +56,8 @@ class PlanKey:
     distance: int
     """Transfers in flight ahead of the one attended; 0 without ``hoist_prefetch``."""
     padded: bool
+    fused: bool = False
+    """One kernel attends the tail and all resident blocks (span ``RESIDENT``)."""
     next_transfers: tuple[Transfer, ...] = ()
     """The first transfers of the next site, started by this one."""
 

@@ -44,20 +44,23 @@ def _comment(node: Node) -> str:
     return note if after is None else f"{note}, after {_argument(node.args[after])}"
 
 
+def statement(node: Node) -> str:
+    """One op or the return of a schedule as code."""
+    if node.op == "output":
+        return f"return {', '.join(map(_argument, node.args[0]))}"  # type: ignore[arg-type]
+    if node.target is operator.getitem:
+        return f"{node.name} = {_argument(node.args[0])}[{node.args[1]}]"
+    return f"{node.name} = {_name_of(node)}({', '.join(map(_argument, node.args))})"
+
+
 def schedule_text(gm: GraphModule, key: PlanKey, name: str = "site") -> str:
     """The schedule as code with the stream and the awaited token of each op."""
     nodes = list(gm.graph.nodes)
     inputs = ", ".join(node.name for node in nodes if node.op == "placeholder")
     lines = [f"{_KEY}{json.dumps(dataclasses.asdict(key))}", f"def {name}({inputs}):"]
     for node in nodes:
-        if node.op == "call_function":
-            if node.target is operator.getitem:
-                code = f"{_argument(node.args[0])}[{node.args[1]}]"
-            else:
-                code = f"{_name_of(node)}({', '.join(map(_argument, node.args))})"
-            lines.append(f"    {node.name} = {code}{_comment(node)}")
-        elif node.op == "output":
-            lines.append(f"    return {', '.join(map(_argument, node.args[0]))}")
+        if node.op != "placeholder":
+            lines.append(f"    {statement(node)}{_comment(node)}")
     return "\n".join(lines) + "\n"
 
 

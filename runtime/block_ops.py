@@ -122,6 +122,8 @@ def _attend(
             low, high = keys[0] - step.past, keys[1] - step.past
             k, v = k[:, :, low:high], v[:, :, low:high]
     causal, mask = _mask(spec, step, masks, keys, queries, span, q.device)
+    if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+        mask = mask[:, q_heads]
     rows = keys[1] - keys[0]
     fixed = step.regular and span != TAIL and step.is_common_length(rows)
     kernel = _kernel(session, spec, q, k, causal, mask is not None, fixed)
@@ -138,6 +140,26 @@ def attend(
         return out, lse
     # Fresh tensors: some kernels return views, and the merge writes in place.
     return out.to(torch.float32, memory_format=torch.contiguous_format, copy=True), lse.contiguous()
+
+
+def attend_resident(
+    session: Session, layer: int, q: torch.Tensor, spec: int, packed: int, accumulate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out, lse)`` of one query token over the tail and all resident blocks, in one kernel."""
+    from headinfer_compile.runtime.paged_triton import attend_paged
+
+    tables, site = session.paged_tables(), session.specs[spec]
+    return attend_paged(
+        q,
+        tables.addresses[layer],
+        tables.capacity,
+        tables.rows,
+        tables.visible,
+        num_kv_heads=site.num_kv_heads,
+        v_head_dim=site.v_head_dim,
+        scale=site.scale,
+        dtype=torch.float32 if accumulate else q.dtype,
+    )
 
 
 def attend_merge(

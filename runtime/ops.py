@@ -13,6 +13,7 @@
 | output | compute | - | the site's result, unwritten |
 | attend | compute | - | (out, lse) of one query chunk over one KV block |
 | attend_merge | compute | - | attend, then LSE merge in place |
+| attend_resident | compute | pack | (out, lse) of one query over the tail and all resident blocks |
 | release | compute | - | the slot may be refilled after this point |
 | store | compute | - | writes a finished accumulator into the result |
 | drop | compute | prefetch | gives up a transfer that nobody will read |
@@ -112,6 +113,12 @@ OPS: dict[str, _Op] = {
         "compute",
         block_ops.attend,
     ),
+    "attend_resident": (
+        "(Tensor handle, int layer, Tensor q, int spec, int packed, bool accumulate) "
+        "-> (Tensor, Tensor)",
+        "compute",
+        block_ops.attend_resident,
+    ),
     "attend_merge": (
         "(Tensor handle, Tensor(a!) acc, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, "
         "Tensor[] masks, int spec, int group, int chunk, int span) -> (Tensor(a!), Tensor(b!))",
@@ -172,6 +179,15 @@ def _fake_attend(
     return q.new_empty((*shape, v.shape[3]), dtype=dtype), q.new_empty(shape, dtype=torch.float32)
 
 
+def _fake_attend_resident(
+    handle: torch.Tensor, layer: int, q: torch.Tensor, spec: int, packed: int, accumulate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.float32 if accumulate else q.dtype
+    dim = torch.library.get_ctx().new_dynamic_size()
+    lse = q.new_empty((*q.shape[:3],), dtype=torch.float32)
+    return q.new_empty((*q.shape[:3], dim), dtype=dtype), lse
+
+
 def _fake_attend_merge(
     handle: torch.Tensor, acc: torch.Tensor, lse: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,6 +210,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "attention": _fake_attention,
     "output": _fake_output,
     "attend": _fake_attend,
+    "attend_resident": _fake_attend_resident,
     "attend_merge": _fake_attend_merge,
     "store": _fake_store,
     "tail": _fake_views,

@@ -17,6 +17,7 @@ from headinfer_compile.config import HeadInferConfig, format_bytes
 from headinfer_compile.errors import CacheError, ClosedError, DoesNotFitError
 from headinfer_compile.runtime.attention import AttentionRequest, Kernel
 from headinfer_compile.runtime.budget import default_gpu_budget, default_host_budget
+from headinfer_compile.runtime.paged import PagedTables, is_supported
 from headinfer_compile.runtime.pages import BlockTable
 from headinfer_compile.runtime.slots import NEVER_USED, SlotRing
 from headinfer_compile.runtime.spec import Geometry, SiteSpec
@@ -103,6 +104,8 @@ class Session:
         """A compiled graph is running and will commit or abort the step."""
         self.capability: tuple[int, int] | None = None
         self.regular_chunk = 0
+        self.claimed_by: tuple[int, int] | None = None
+        """The graph and parameter of the last call; any other call is checked by ``claim``."""
         self._owner: frozenset[int] = frozenset()
         self._known_columns = 0
         self._column_padded = False
@@ -112,6 +115,7 @@ class Session:
         self.slots: SlotRing | None = None
         self.staging: StagingRing | None = None
         self.tail: Tail
+        self._paged: PagedTables | None = None
 
     # -- geometry ---------------------------------------------------------------------------
 
@@ -196,7 +200,7 @@ class Session:
         Raises:
             CacheError: It holds tokens of another model.
         """
-        if self._owner and not self._owner & parameters and self.length:
+        if self.length and self._owner and not self._owner & parameters:
             raise CacheError(
                 f"this cache holds {self.length} tokens of another model: use one cache per model, "
                 "or reset() it first"
@@ -389,6 +393,55 @@ class Session:
             self.counters.workspace_bytes = max(self.counters.workspace_bytes, used)
         return -(-step.new // step.query_chunk[index])
 
+    def fuses_resident(self, spec: SiteSpec) -> bool:
+        """Whether one kernel attends the tail and all resident blocks of this step."""
+        step, geometry = self.step, self.geometry
+        assert step is not None and geometry is not None
+        return (
+            step.new == 1
+            and self._is_plain(spec)
+            and not any(step.padding.values())
+            and is_supported(geometry)
+        )
+
+    def can_capture(self, past: int) -> bool:
+        """Whether a one-token step after ``past`` tokens touches resident KV only, and no flush."""
+        return (
+            self.geometry is not None
+            and self.step is None
+            and past == self.length
+            and self.tail_rows + 1 < self.tail.tokens
+            and all(block.tier == "gpu" for block in self.table.blocks)
+            and all(self._is_plain(spec) for spec in self.specs)
+            and is_supported(self.geometry)
+        )
+
+    def _is_plain(self, spec: SiteSpec) -> bool:
+        form = spec.mask
+        all_heads = self.layout("decode").head_group == spec.num_kv_heads
+        return form.window is None and form.expr is None and all_heads
+
+    def paged_tables(self) -> PagedTables:
+        """The tables of ``attend_resident``; ``sync_paged`` fills them."""
+        if self._paged is None:
+            assert self.geometry is not None
+            self._paged = PagedTables(self.geometry, self.tail)
+        return self._paged
+
+    def sync_paged(self, mask: torch.Tensor | None) -> PagedTables:
+        """Fill the tables for the current step; ``mask`` is the ``[B, kv]`` padding mask, if any."""
+        step = self.step
+        assert step is not None
+        blocks = []
+        for block in self.table.blocks:
+            rows = min(block.tokens, step.stored - block.start)
+            if block.tier == "gpu" and rows > 0:
+                blocks.append((block, rows))
+        tables = self.paged_tables()
+        tables.sync(blocks, step.tail_rows + 1, mask, step.stored)
+        step.paged = True
+        return tables
+
     def written_event(self, layer: int) -> Event:
         """Recorded on d2h after the last offload of a layer."""
         return self._written[layer]
@@ -452,7 +505,7 @@ class Session:
             self.streams.drain()
             self.table.close()
             del self.tail
-        self.slots = self.staging = self.geometry = None
+        self.slots = self.staging = self.geometry = self._paged = None
         self.length = self.tail_rows = 0
 
     def bytes_of(self, part: Literal["slots", "staging", "tail"]) -> int:

@@ -82,6 +82,8 @@ class Step:
     padding: dict[int, bool] = field(default_factory=dict)
     """By id of a padding mask: whether any visible column is masked."""
     blocks: dict[SiteSpec, tuple[KVBlock, ...]] = field(default_factory=dict)
+    paged: bool = False
+    """The device tables of ``runtime/paged.py`` are filled for this step."""
     eager_layers: set[int] = field(default_factory=set)
     """Layers that have come through the path without a schedule."""
 

@@ -37,6 +37,11 @@ def pack(session: Session, layer: int, k: torch.Tensor, v: torch.Tensor, piece: 
     if piece == APPEND:
         if step.tail_rows == 0:
             streams.wait(tail.copied[layer], "compute")
+        if step.paged:
+            row = session.paged_tables().new_row
+            for target, source in zip(tail.layers[layer], new, strict=True):
+                target.index_copy_(2, row, source)
+            return APPEND
         _assign(_rows(tail.layers[layer], step.tail_rows, step.tail_rows + step.new), new)
         return APPEND
     part = step.pieces[piece]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import random
 import time
+import zlib
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytest.register_assert_rewrite("harness")
 
 
 class Report:
@@ -80,6 +85,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_cuda)
+
+
+@pytest.fixture(scope="session")
+def run_seed() -> int:
+    """A seed that differs in every run; ``HEADINFER_TEST_SEED`` repeats one."""
+    given = os.environ.get("HEADINFER_TEST_SEED")
+    return int(given) if given else random.SystemRandom().randrange(2**31)
+
+
+@pytest.fixture
+def seed(run_seed: int, request: pytest.FixtureRequest) -> int:
+    """The seed of one test; pytest shows how to repeat it when the test fails."""
+    print(f"HEADINFER_TEST_SEED={run_seed}")
+    return (run_seed + zlib.crc32(request.node.name.encode())) % 2**31
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,11 @@ only prompts on which it never has to choose between two almost equal logits.
 
 from __future__ import annotations
 
-import os
-import random
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from packaging.version import Version
@@ -39,27 +35,6 @@ CHUNKED_TURNS = Version(transformers.__version__) >= Version("5.21")
 #: Two logits of the oracle that are closer than this are a tie.
 TIE = 1e-4
 MAX_LOGIT_DIFFERENCE = 1e-4
-
-
-@pytest.fixture(scope="session")
-def run_seed() -> int:
-    """A seed that differs in every run; ``HEADINFER_TEST_SEED`` repeats one."""
-    given = os.environ.get("HEADINFER_TEST_SEED")
-    return int(given) if given else random.SystemRandom().randrange(2**31)
-
-
-@pytest.fixture
-def seed(run_seed: int, request: pytest.FixtureRequest) -> int:
-    """The seed of one test; pytest shows how to repeat it when the test fails."""
-    print(f"HEADINFER_TEST_SEED={run_seed}")
-    return (run_seed + zlib.crc32(request.node.name.encode())) % 2**31
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """No compiled code before, as in a new process, and none after."""
-    with clean_dynamo():
-        yield
 
 
 def tiny_llama(seed: int, layers: int = 2, heads: int = 6, kv_heads: int = 3) -> LlamaForCausalLM:
