@@ -22,10 +22,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 def is_bottom_right(run: kernels.Run, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a kernel aligns its causal flag with the last key where keys outnumber queries."""
-    q, k, v = (torch.randn(1, 1, rows, 64, device=device, dtype=dtype) for rows in (128, 256, 256))
-    out = run(q, k, v, scale=0.125, causal=True, mask=None)[0]
+    q, k, v = (torch.randn(1, 1, rows, 128, device=device, dtype=dtype) for rows in (128, 256, 256))
+    out = run(q, k, v, scale=0.09, causal=True, mask=None)[0]
     visible = torch.ones(128, 256, dtype=torch.bool, device=device).tril(128)
-    right = kernels.math(q, k, v, scale=0.125, causal=False, mask=visible)[0]
+    right = kernels.math(q, k, v, scale=0.09, causal=False, mask=visible)[0]
     return bool((out - right).norm() < 0.05 * right.norm())
 
 
@@ -88,6 +88,7 @@ def register_best(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
             out = many(query, key, value, scaling)
         return out.transpose(1, 2), None
 
-    name = f"bench_{kernel}"
+    # transformers takes a name with "flash" in it for a package of its own.
+    name = "benchmark_best"
     AttentionInterface.register(name, forward)
     return name, kernel

@@ -52,11 +52,16 @@ class Cell:
         self.details: Row = {}
         self.failure: str | None = None
 
-    def run(self, ids: torch.Tensor, steps: int, synthetic: bool) -> None:
+    def run(self, ids: torch.Tensor, steps: int, rounds: int, synthetic: bool) -> None:
         """Fill the cache where it is empty, warm up, and time ``steps`` steps."""
+        # A cache that stays open needs room for all rounds; more would only pad a static one.
+        turns = 1 if self.variant.keeps_kv_on_gpu else rounds
+        room = self.context + turns * (2 * steps + WARMUP)
         try:
             with torch.no_grad(), self.variant.active():
-                self._run(ids, steps, synthetic)
+                if self.variant.cache is None:
+                    self._fill(ids, room, synthetic)
+                self._run(ids, steps)
         except (MemoryError, torch.OutOfMemoryError) as error:
             self.failure = f"does not fit: {str(error).splitlines()[0]}"
             self.variant.close()
@@ -64,10 +69,8 @@ class Cell:
         if self.variant.keeps_kv_on_gpu:
             self.variant.close()
 
-    def _run(self, ids: torch.Tensor, steps: int, synthetic: bool) -> None:
+    def _run(self, ids: torch.Tensor, steps: int) -> None:
         variant, device = self.variant, ids.device
-        if variant.cache is None:
-            self._fill(ids, steps, synthetic)
         token = ids[:, -1:]
         for _ in range(WARMUP):
             token = self._next(token)
@@ -98,10 +101,9 @@ class Cell:
         # A static cache keeps its length on the device; reading it here is outside the timing.
         return int(length)
 
-    def _fill(self, ids: torch.Tensor, steps: int, synthetic: bool) -> None:
+    def _fill(self, ids: torch.Tensor, room: int, synthetic: bool) -> None:
         variant = self.variant
-        # Room for all rounds of a variant whose cache stays open.
-        variant.open(self.context + 64 * (2 * steps + WARMUP))
+        variant.open(room)
         synchronize(ids.device)
         start = time.perf_counter()
         if synthetic:
@@ -175,7 +177,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         for turn in range(args.rounds):
             for cell in cells if turn % 2 == 0 else reversed(cells):
                 if cell.failure is None:
-                    cell.run(ids, args.steps, args.synthetic)
+                    cell.run(ids, args.steps, args.rounds, args.synthetic)
                 row = cell.row(roofline, args.synthetic, args.note)
                 _report(cell, row, turn)
                 rows[row["id"]] = row

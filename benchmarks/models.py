@@ -154,8 +154,8 @@ def build(
 
 def _renew_rotary(model: PreTrainedModel, device: torch.device) -> None:
     # Its buffers are computed, not loaded, and are empty after the meta device.
-    rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=model.config, device=device)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
 
 
 def twin(model: PreTrainedModel, attention: str) -> PreTrainedModel:

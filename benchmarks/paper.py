@@ -11,6 +11,7 @@ Legend: B batch (1), G query heads of one KV head, n new tokens, S room of a slo
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +23,37 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from benchmarks.attention import make_attend
 from benchmarks.models import twin
 from headinfer_compile.runtime import kernels
-from headinfer_compile.runtime.slab import HostSlab
-from headinfer_compile.runtime.streams import Streams
 
 CHUNK = 10240
 """The paper's prefill chunk."""
+
+
+class _Queues:
+    """Copies down and up on streams of their own, ordered by events; on a CPU all is in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            self._streams = {name: torch.cuda.Stream(device) for name in ("h2d", "d2h")}
+            self._streams["compute"] = torch.cuda.current_stream(device)
+
+    def event(self) -> torch.cuda.Event | None:
+        """An event that nothing has recorded yet."""
+        return torch.cuda.Event() if self.cuda else None
+
+    def on(self, name: str) -> AbstractContextManager[object]:
+        """Context that makes a queue current."""
+        return torch.cuda.stream(self._streams[name]) if self.cuda else nullcontext()
+
+    def record(self, event: torch.cuda.Event | None, name: str) -> None:
+        """Record ``event`` on a queue."""
+        if event is not None:
+            event.record(self._streams[name])
+
+    def wait(self, event: torch.cuda.Event | None, name: str) -> None:
+        """Make a queue wait for ``event``; the host does not wait."""
+        if event is not None:
+            self._streams[name].wait_event(event)
 
 
 class PaperCache(Cache):  # type: ignore[misc]
@@ -41,17 +68,17 @@ class PaperCache(Cache):  # type: ignore[misc]
         self.length = 0
         self.heads, self.num_layers = config.num_key_value_heads, config.num_hidden_layers
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        head_bytes = 2 * tokens * dim * dtype.itemsize
-        self.streams = Streams(device)
-        self._slabs = [
-            HostSlab(self.heads * head_bytes, head_bytes, device.type == "cuda")
-            for _ in range(self.num_layers)
-        ]
-        self._host = [
-            slab.tensor.view(dtype).view(self.heads, 2, 1, 1, tokens, dim) for slab in self._slabs
-        ]
+        self.queues = _Queues(device)
+        size = (self.heads, 2, 1, 1, tokens, dim)
+        self._host = [torch.empty(size, dtype=dtype).zero_() for _ in range(self.num_layers)]
+        if self.queues.cuda:
+            # Pinned without the caching allocator, which rounds up to a power of two.
+            for layer in self._host:
+                status = torch.cuda.cudart().cudaHostRegister(layer.data_ptr(), layer.nbytes, 0)
+                if int(status) != 0:
+                    raise MemoryError(f"the driver refused to pin {layer.nbytes} bytes ({status})")
         self._slots = torch.empty((2, 2, 1, 1, tokens, dim), dtype=dtype, device=device)
-        new_event = self.streams.new_event
+        new_event = self.queues.event
         self._filled, self._freed, self._stored = (
             [new_event() for _ in range(2)] for _ in range(3)
         )
@@ -65,43 +92,43 @@ class PaperCache(Cache):  # type: ignore[misc]
 
     def prefetch(self, layer_idx: int, head: int, rows: int) -> None:
         """Start filling the other slot with the first ``rows`` tokens of a head."""
-        slot, streams = (self._turn + 1) % 2, self.streams
+        slot, queues = (self._turn + 1) % 2, self.queues
         if rows == 0:
             return
-        streams.wait(self._freed[slot], "h2d")
-        streams.wait(self._stored[slot], "h2d")
-        streams.wait(self._written[layer_idx][head], "h2d")
-        with streams.on("h2d"):
+        queues.wait(self._freed[slot], "h2d")
+        queues.wait(self._stored[slot], "h2d")
+        queues.wait(self._written[layer_idx][head], "h2d")
+        with queues.on("h2d"):
             for part in range(2):
                 target = self._slots[slot, part, 0, 0, :rows]
                 target.copy_(self._host[layer_idx][head, part, 0, 0, :rows], non_blocking=True)
                 self.h2d_bytes += target.nbytes
-        streams.record(self._filled[slot], "h2d")
+        queues.record(self._filled[slot], "h2d")
 
     def append(self, layer_idx: int, head: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add new rows ``[1, 1, n, D]`` of a head to its slot and to the host; all of its K and V."""
-        slot, streams, past = self._turn % 2, self.streams, self.length
+        slot, queues, past = self._turn % 2, self.queues, self.length
         total = past + k.shape[2]
-        streams.wait(self._filled[slot], "compute")
+        queues.wait(self._filled[slot], "compute")
         # A slot without past rows was not prefetched, so its last write-back was not waited for.
-        streams.wait(self._stored[slot], "compute")
+        queues.wait(self._stored[slot], "compute")
         for part, new in enumerate((k, v)):
             self._slots[slot, part, :, :, past:total] = new
-        ready = streams.new_event()
-        streams.record(ready, "compute")
-        streams.wait(ready, "d2h")
-        with streams.on("d2h"):
+        ready = queues.event()
+        queues.record(ready, "compute")
+        queues.wait(ready, "d2h")
+        with queues.on("d2h"):
             for part in range(2):
                 source = self._slots[slot, part, 0, 0, past:total]
                 self._host[layer_idx][head, part, 0, 0, past:total].copy_(source, non_blocking=True)
                 self.d2h_bytes += source.nbytes
-        streams.record(self._stored[slot], "d2h")
-        streams.record(self._written[layer_idx][head], "d2h")
+        queues.record(self._stored[slot], "d2h")
+        queues.record(self._written[layer_idx][head], "d2h")
         return self._slots[slot, 0, :, :, :total], self._slots[slot, 1, :, :, :total]
 
     def release(self) -> None:
         """The slot in use has been read: the next head's turn."""
-        self.streams.record(self._freed[self._turn % 2], "compute")
+        self.queues.record(self._freed[self._turn % 2], "compute")
         self._turn += 1
 
     def fill(self, tokens: int) -> None:
@@ -125,9 +152,11 @@ class PaperCache(Cache):  # type: ignore[misc]
 
     def close(self) -> None:
         """Wait for copies and give host memory back."""
-        self.streams.drain()
-        for slab in self._slabs:
-            slab.close()
+        if self.queues.cuda:
+            torch.cuda.synchronize(self._slots.device)
+            for layer in self._host:
+                torch.cuda.cudart().cudaHostUnregister(layer.data_ptr())
+        self._host.clear()
 
 
 class PaperAttention(nn.Module):

@@ -51,6 +51,7 @@ class Cell:
         self.seconds: list[float] = []
         self.peaks: Row = {}
         self.details: Row = {}
+        self.logits: torch.Tensor | None = None
         self.failure: str | None = None
 
     def run(self, ids: torch.Tensor, warmup: bool) -> None:
@@ -68,7 +69,8 @@ class Cell:
             self.failure = f"does not fit: {str(error).splitlines()[0]}"
             variant.close()
             return
-        assert torch.isfinite(logits).all(), f"{variant.name}: logits are not finite"
+        # A copy: a compiled call may write its next result over this one.
+        self.logits = logits.float().clone()
         if warmup:
             self.first_s = seconds
         else:
@@ -77,8 +79,8 @@ class Cell:
         if variant.keeps_kv_on_gpu:
             variant.close()
 
-    def row(self, roofline: Roofline, note: str) -> Row:
-        """What was measured so far."""
+    def row(self, roofline: Roofline, reference: torch.Tensor | None, note: str) -> Row:
+        """What was measured so far; ``reference`` are the logits of another variant."""
         variant, setup = self.variant, self.setup
         shape, chunk = variant.shape, variant.chunk(self.chunk)
         name = getattr(variant.model.config, "model_type", "model")
@@ -99,6 +101,7 @@ class Cell:
                 "seconds": seconds, "first_s": round(self.first_s, 4), "cold": not self.seconds,
                 "tokens_per_s": round(self.context / seconds["median"], 1),
                 "roofline_s": round(floor, 4), "of_roofline": round(floor / seconds["median"], 4),
+                "logits_error": _error(self.logits, reference),
                 **self.peaks, "details": self.details,
             }  # fmt: skip
         return row | {"roofline": roofline.as_row()} | provenance(setup.device, note)
@@ -133,12 +136,19 @@ def main(argv: list[str] | None = None) -> list[Row]:
                 if cell.failure is None:
                     cell.run(ids, warmup=turn == 0)
                     _report(cell, turn)
-                row = cell.row(roofline, args.note)
+                row = cell.row(roofline, cells[0].logits, args.note)
                 rows[row["id"]] = row
                 write_rows(args.out, [row])
         for cell in cells:
             cell.variant.close()
     return list(rows.values())
+
+
+def _error(logits: torch.Tensor | None, reference: torch.Tensor | None) -> float | None:
+    """Relative difference of two variants' logits, a check that they compute the same."""
+    if logits is None or reference is None:
+        return None
+    return round(float((logits - reference).norm() / reference.norm()), 6)
 
 
 def _usable(variants: Variants, name: str) -> bool:

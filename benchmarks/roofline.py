@@ -123,6 +123,9 @@ def measure(device: torch.device, shape: Shape, dtype: torch.dtype, chunk: int =
     w = torch.randn((shape.intermediate, shape.hidden), device=device, dtype=dtype)
     seconds = _seconds(lambda: x @ w.T, device, 5, 8)
     matmul = 2 * n * shape.hidden * shape.intermediate / seconds / 1e12
+    del q, k, v, x, w
+    if cuda:
+        torch.cuda.empty_cache()
     return Roofline(*link, hbm, dram, attention, matmul, name)
 
 

@@ -142,9 +142,12 @@ class _Transformers(Variant):
 class _Compiled(_Transformers):
     """Decode by the call that ``generate`` compiles for a static cache."""
 
+    def open(self, tokens: int) -> None:
+        super().open(tokens)
+        self._call = self.model.get_compiled_call(CompileConfig())
+
     def decode(self, ids: Tensor) -> Tensor:
-        call = self.model.get_compiled_call(CompileConfig())
-        out: Tensor = call(
+        out: Tensor = self._call(
             input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         ).logits
         return out

@@ -3,10 +3,16 @@
 from headinfer_compile.backend import headinfer
 from headinfer_compile.cache import CacheStats, HeadInferCache
 from headinfer_compile.config import HeadInferConfig
+from headinfer_compile.explanation import Explanation
+from headinfer_compile.report import explain
+from headinfer_compile.schedule_file import load_schedule
 
 __all__ = [
     "CacheStats",
+    "Explanation",
     "HeadInferCache",
     "HeadInferConfig",
+    "explain",
     "headinfer",
+    "load_schedule",
 ]

@@ -72,7 +72,29 @@ def headinfer(
         OptionError: An option or mode is invalid.
         DeclinedError: An attention is not supported and ``strict=True``.
     """
-    config = _config(options, mode)
+    return compile_graph(gm, example_inputs, _config(options, mode))
+
+
+def compile_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: HeadInferConfig,
+    *,
+    graph_type: type[CompiledGraph] = CompiledGraph,
+    keep_text: bool = False,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph under ``config``; ``headinfer`` with what reports need besides.
+
+    Args:
+        gm: Torch-level graph.
+        example_inputs: Its inputs.
+        config: The options.
+        graph_type: What runs the graph.
+        keep_text: Keep the text of the graph after every pass.
+
+    Raises:
+        DeclinedError: An attention is not supported and ``config.strict`` is set.
+    """
     handles = _handles(gm)
     if not handles:
         log.warning(
@@ -89,7 +111,7 @@ def headinfer(
         )
     if len(handles) > 1:
         return _refuse("one call uses two HeadInferCaches: a graph serves one cache at a time")
-    return _compile(gm, example_inputs, config, handles.pop())
+    return _compile(gm, example_inputs, config, handles.pop(), graph_type, keep_text)
 
 
 def _config(options: Mapping[str, Any] | None, mode: str | None) -> HeadInferConfig:
@@ -129,7 +151,12 @@ def _refuse(message: str) -> Callable[..., Any]:
 
 
 def _compile(
-    gm: GraphModule, example_inputs: Sequence[Any], config: HeadInferConfig, handle: Node
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    config: HeadInferConfig,
+    handle: Node,
+    graph_type: type[CompiledGraph],
+    keep_text: bool,
 ) -> CompiledGraph:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     parameters = [
@@ -144,7 +171,7 @@ def _compile(
     ]
     context = PassContext(config, example_inputs)
     dump = Dump(config.debug_dir)
-    split, pass_reports = run_graph_passes(gm, context, dump, keep_text=False)
+    split, pass_reports = run_graph_passes(gm, context, dump, keep_text)
     regions = lower_regions(
         split, example_inputs, lowering=config.lowering, inductor=config.inductor
     )
@@ -160,7 +187,7 @@ def _compile(
         "%d sites, %d declined, %d regions (%d unique) in %.1f s",
         len(sites), len(context.declines), regions.num_regions, regions.num_unique, regions.seconds,
     )  # fmt: skip
-    return CompiledGraph(
+    return graph_type(
         graph_module=split,
         config=config,
         sites=sites,

@@ -48,6 +48,21 @@ def parse_bytes(value: int | str, name: str) -> int:
     return value
 
 
+def parse_tokens(value: int | str, name: str) -> int:
+    """Return a token count: an int, or a string such as ``"128K"`` (K = 1024, M = 1024^2).
+
+    Raises:
+        OptionError: It is no positive whole number of tokens.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KkMm]?)\s*", str(value))
+    count = float(match[1]) * {"": 1, "K": 1024, "M": 1024**2}[match[2].upper()] if match else 0
+    if isinstance(value, bool) or count < 1 or count != int(count):
+        raise OptionError(
+            f"{name}={value!r}: expected a number of tokens, as an int or like '128K' (K = 1024)"
+        )
+    return int(count)
+
+
 def format_bytes(count: float) -> str:
     """Return ``count`` bytes as text in binary units, e.g. ``32.0 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

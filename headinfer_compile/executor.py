@@ -116,7 +116,11 @@ class CompiledGraph:
         self._plans.clear()
         session.managed = True
         try:
-            result = self._steps.run(session, args) if self.config.cuda_graphs else self.forward(*args)
+            with session.around_call():
+                if self.config.cuda_graphs:
+                    result = self._steps.run(session, args)
+                else:
+                    result = self.forward(*args)
             session.commit()
         except BaseException:
             session.abort()

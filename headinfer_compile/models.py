@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -52,6 +54,17 @@ def find_source(name: str, gguf: str | None = None) -> ModelSource:
     if path.is_absolute() or name.startswith((".", "~")):
         raise OptionError(f"{name}: there is no such folder")
     return ModelSource(name, gguf)
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """Load the config that belongs to ``source``; no weights are read.
+
+    Raises:
+        OSError: No such model.
+    """
+    kwargs = {} if source.gguf is None else {"gguf_file": source.gguf}
+    config: PretrainedConfig = AutoConfig.from_pretrained(source.name, **kwargs)
+    return config
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

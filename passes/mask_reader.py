@@ -230,7 +230,8 @@ def _arange(reader: MaskReader, node: Node, index: Index) -> Expr:
         # The end may be a size that the reader does not know, such as the batch.
         return index[0]
     start, _, step = (*node.args, 1)[:3]
-    return make("add", make("mul", index[0], reader.scalar(step)), reader.scalar(start))
+    steps = index[0] if step == 1 else make("mul", index[0], reader.scalar(step))
+    return make("add", steps, reader.scalar(start))
 
 
 def _fill(reader: MaskReader, node: Node, index: Index) -> Expr:

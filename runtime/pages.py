@@ -56,7 +56,7 @@ class BlockTable:
     blocks: list[TokenBlock] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._slabs = SlabAllocator(pinned=self.geometry.device.type == "cuda")
+        self._slabs = SlabAllocator(self.geometry.device)
 
     def tokens_of(self, index: int) -> int:
         """Tokens of block ``index``: constant when given, else doubling up to 32 MiB pages."""
@@ -96,7 +96,10 @@ class BlockTable:
         on_host = any(block.tier == "host" for block in self.blocks)
         while capacity < tokens:
             index = len(self.blocks) + len(made)
-            count = 0 if on_host else self._resident_tokens(index, self.gpu_budget - gpu)
+            count = 0
+            if not on_host:
+                room = self.gpu_budget - gpu
+                count = self._resident_tokens(capacity, tokens - capacity, index, room)
             if count:
                 made.append((count, "gpu"))
                 gpu += count * self.geometry.token_bytes
@@ -116,15 +119,17 @@ class BlockTable:
             )
         return made
 
-    def _resident_tokens(self, index: int, budget: int) -> int:
-        """Tokens of resident block ``index``: doubling, so that few blocks are attended, or 0.
+    def _resident_tokens(self, capacity: int, needed: int, index: int, budget: int) -> int:
+        """Tokens of a resident block after ``capacity`` tokens, or 0 if the budget has no room.
 
-        A resident block is never transferred, so 32 MiB pages bound only its smallest part.
+        Blocks double what there is, so that few are attended: a resident block is never
+        transferred, and 32 MiB pages bound only its smallest size.
         """
         page = self.tokens_of(index)
         if self.page_tokens is not None:
             return page if page * self.geometry.token_bytes <= budget else 0
-        count = min(_LARGEST_RESIDENT_TOKENS, _FIRST_PAGE_TOKENS << max(0, index - 1))
+        wanted = max(capacity, needed, _FIRST_PAGE_TOKENS)
+        count = min(_LARGEST_RESIDENT_TOKENS, 1 << (wanted - 1).bit_length())
         while count >= page and count * self.geometry.token_bytes > budget:
             count //= 2
         return count if count >= page else 0
@@ -138,17 +143,19 @@ class BlockTable:
         for count, tier in self.plan(tokens):
             self._append(count, tier)
 
-    def prepare_next(self, start: int) -> None:
-        """Start making the block that follows token ``start`` in the background, if it is a host's."""
-        if start < self.capacity or self._slabs.ahead_bytes or self.geometry.device.type != "cuda":
+    def prepare(self, tokens: int) -> None:
+        """Start making, in the background, the host slabs still missing for ``tokens`` tokens.
+
+        Slabs prepared for more than that are given back.
+        """
+        if self.geometry.device.type != "cuda":
             return
         try:
-            (count, tier), *_ = self.plan(self.capacity + 1)
+            made = self.plan(tokens)
         except DoesNotFitError:
             # The caller has not asked for these tokens yet; `ensure` says so if it does.
             return
-        if tier == "host":
-            self._slabs.prepare(*self._slab_size(count))
+        self._slabs.prepare([self._slab_size(count) for count, tier in made if tier == "host"])
 
     def _slab_size(self, tokens: int) -> tuple[int, int]:
         return tokens * self.geometry.token_bytes, tokens * self.geometry.layer_token_bytes

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -104,12 +106,17 @@ class Session:
         """A compiled graph is running and will commit or abort the step."""
         self.capability: tuple[int, int] | None = None
         self.regular_chunk = 0
+        self.reserved = 0
+        """Tokens announced by ``check_room``; their slabs are made in the background."""
         self.claimed_by: tuple[int, int] | None = None
         """The graph and parameter of the last call; any other call is checked by ``claim``."""
         self._owner: frozenset[int] = frozenset()
         self._known_columns = 0
         self._column_padded = False
         self.geometry: Geometry | None = None
+        self.make_streams: Callable[[torch.device], Streams] = Streams
+        self.around_call: Callable[[], AbstractContextManager[object]] = nullcontext
+        """Entered for each compiled call; this and ``make_streams`` are where a simulator plugs in."""
         self.streams: Streams
         self.table: BlockTable
         self.slots: SlotRing | None = None
@@ -160,7 +167,7 @@ class Session:
 
     def _allocate(self, geometry: Geometry, activation_bytes: int) -> None:
         options = self.options
-        self.streams = Streams(geometry.device)
+        self.streams = self.make_streams(geometry.device)
         tail_tokens = options.tail_tokens or max(
             1, min(_TAIL_TOKENS, _TAIL_BYTES // geometry.token_bytes)
         )
@@ -188,7 +195,9 @@ class Session:
                 f"and tail, beside {format_bytes(workspace)} of workspace. Lower tail_tokens, "
                 "page_tokens or num_slots, or free GPU memory"
             ) from error
-        self._written = [self.streams.new_event() for _ in range(geometry.num_layers)]
+        self._written = [
+            self.streams.new_event("pages.written") for _ in range(geometry.num_layers)
+        ]
         if geometry.device.type == "cuda":
             self.capability = torch.cuda.get_device_capability(geometry.device)
         self.table = table
@@ -309,7 +318,11 @@ class Session:
         self.length = step.past + step.new
         self.tail_rows = self.length - step.stored_after
         self.step = None
-        self.table.prepare_next(self.length + step.new)
+        # A prefill chunk is mostly followed by another; after that only the tail is written back.
+        if step.phase == "prefill":
+            self.table.prepare(max(self.length + step.new, self.reserved))
+        elif step.flushes or step.tail_rows == 0:
+            self.table.prepare(max(self.length + self.tail.tokens, self.reserved))
 
     def abort(self) -> None:
         """Forget the step; the cache is as it was before it."""
@@ -323,6 +336,7 @@ class Session:
         Raises:
             DoesNotFitError: The budgets do not hold them.
         """
+        self.reserved = tokens
         if self.geometry is not None:
             self.table.plan(tokens)
             return
@@ -493,7 +507,7 @@ class Session:
     def reset(self) -> None:
         """Hold no tokens; buffers stay."""
         self.crop(self.length)
-        self.counters = Counters()
+        self.counters, self.reserved = Counters(), 0
         self._known_columns, self._column_padded = 0, False
 
     def close(self) -> None:

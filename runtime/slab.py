@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -23,8 +25,10 @@ _REGISTER_STEP_BYTES = 256 << 20
 class HostSlab:
     """One registered host buffer; plain memory where there is no CUDA."""
 
-    def __init__(self, nbytes: int, unit_bytes: int, pinned: bool) -> None:
-        """Map ``nbytes``; copies must stay within multiples of ``unit_bytes``.
+    def __init__(self, nbytes: int, unit_bytes: int, device: torch.device) -> None:
+        """Map ``nbytes`` for a cache on ``device``; copies stay within multiples of ``unit_bytes``.
+
+        A cache on the meta device, of which only the plan is wanted, takes no memory.
 
         Raises:
             DoesNotFitError: The host has no such memory, or the driver refuses to pin it.
@@ -32,9 +36,10 @@ class HostSlab:
         self.nbytes = nbytes
         self._registered: list[int] = []
         self._map: mmap.mmap | None = None
-        if not pinned:
+        if device.type != "cuda":
             with torch.inference_mode(False):
-                self.tensor = torch.empty(nbytes, dtype=torch.uint8)
+                where = "meta" if device.type == "meta" else "cpu"
+                self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=where)
             return
         try:
             self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -81,23 +86,32 @@ class HostSlab:
 
 
 class SlabAllocator:
-    """Makes slabs, one ahead of use on a thread of its own so that prefill does not wait."""
+    """Makes slabs ahead of use on a thread of its own, so that prefill does not wait for them."""
 
-    def __init__(self, pinned: bool) -> None:
-        self._pinned = pinned
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="headinfer-slab") if pinned else None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        name = "headinfer-slab"
+        self._pool = ThreadPoolExecutor(1, name) if device.type == "cuda" else None
         self._ahead: dict[tuple[int, int], list[Future[HostSlab]]] = {}
 
-    def prepare(self, nbytes: int, unit_bytes: int) -> None:
-        """Start making a slab that ``take`` will ask for."""
-        if self._pool is not None:
-            future = self._pool.submit(HostSlab, nbytes, unit_bytes, True)
-            self._ahead.setdefault((nbytes, unit_bytes), []).append(future)
+    def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Have ``(nbytes, unit_bytes)`` slabs made for ``take``, and give back any others."""
+        if self._pool is None:
+            return
+        wanted = Counter(sizes)
+        for size, futures in list(self._ahead.items()):
+            while len(futures) > wanted[size]:
+                self._discard(futures.pop())
+            if not futures:
+                del self._ahead[size]
+        for size in sizes:
+            futures = self._ahead.setdefault(size, [])
+            if len(futures) < wanted[size]:
+                futures.append(self._pool.submit(HostSlab, *size, True))
 
-    @property
-    def ahead_bytes(self) -> int:
-        """Bytes of slabs being prepared and not yet taken."""
-        return sum(nbytes * len(futures) for (nbytes, _), futures in self._ahead.items())
+    def _discard(self, future: Future[HostSlab]) -> None:
+        if not future.cancel():
+            future.add_done_callback(lambda done: done.exception() or done.result().close())
 
     def take(self, nbytes: int, unit_bytes: int) -> HostSlab:
         """Return a slab, waiting for one in preparation if there is.
@@ -111,14 +125,13 @@ class SlabAllocator:
             if not waiting:
                 del self._ahead[nbytes, unit_bytes]
             return future.result()
-        return HostSlab(nbytes, unit_bytes, self._pinned)
+        return HostSlab(nbytes, unit_bytes, self._device)
 
     def close(self) -> None:
         """Give back what was prepared and stop the thread."""
         for futures in self._ahead.values():
             for future in futures:
-                if not future.cancel() and future.exception() is None:
-                    future.result().close()
+                self._discard(future)
         self._ahead.clear()
         if self._pool is not None:
             self._pool.shutdown()

@@ -44,7 +44,11 @@ class SlotRing:
             buffer = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=geometry.device)
         self.nbytes = buffer.nbytes
         self.slots = [
-            Slot(row.view(geometry.dtype), streams.new_event(), streams.new_event())
+            Slot(
+                row.view(geometry.dtype),
+                streams.new_event("slot.filled"),
+                streams.new_event("slot.freed"),
+            )
             for row in buffer.unbind()
         ]
         self._transfers = 0

@@ -24,8 +24,8 @@ class StagingRing:
                 (STAGING_SLOTS, elements), dtype=geometry.dtype, device=geometry.device
             )
         self.nbytes = self._buffers.nbytes
-        self.packed = [streams.new_event() for _ in range(STAGING_SLOTS)]
-        self.copied = [streams.new_event() for _ in range(STAGING_SLOTS)]
+        self.packed = [streams.new_event("staging.packed") for _ in range(STAGING_SLOTS)]
+        self.copied = [streams.new_event("staging.copied") for _ in range(STAGING_SLOTS)]
         self._next = 0
 
     def advance(self) -> int:
@@ -57,5 +57,7 @@ class Tail:
         self.layers: list[Views] = [
             kv_views(row, geometry, geometry.num_kv_heads, tokens) for row in buffer.unbind()
         ]
-        self.packed: Event = streams.new_event()
-        self.copied: list[Event] = [streams.new_event() for _ in range(geometry.num_layers)]
+        self.packed: Event = streams.new_event("tail.packed")
+        self.copied: list[Event] = [
+            streams.new_event("tail.copied") for _ in range(geometry.num_layers)
+        ]

@@ -46,8 +46,8 @@ class Streams:
         if self.is_cuda:
             self._compute = torch.cuda.current_stream(self.device)
 
-    def new_event(self) -> Event:
-        """A fresh, unrecorded event."""
+    def new_event(self, name: str) -> Event:
+        """A fresh, unrecorded event; ``name`` says what it stands for, ``"slot.filled"`` say."""
         return torch.cuda.Event() if self.is_cuda else self._done
 
     def on(self, role: str) -> AbstractContextManager[object]:

@@ -1,0 +1,258 @@
+"""How often Dynamo compiles: at most once per kind of step, and never because a length changed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from harness import (
+    CHUNKED_TURNS,
+    CompiledModel,
+    assert_same,
+    clean_dynamo,
+    dynamo_graphs,
+    generate,
+    tiny_llama,
+    tiny_mistral,
+)
+from torch import Tensor
+
+from headinfer_compile.errors import CacheError
+
+pytestmark = pytest.mark.oldest
+
+NEW = 4
+
+
+@pytest.fixture(autouse=True)
+def _new_process() -> Iterator[None]:
+    with clean_dynamo():
+        yield
+
+
+def check(m: CompiledModel, seed: int, tokens: int, chunk: int | None, **options: Any) -> Tensor:
+    """Generate after a new prompt with a new cache, compare with the oracle; returns all tokens."""
+    batch = options.pop("batch", 1)
+    inputs = {name: value for name, value in options.items() if name == "attention_mask"}
+    ids, oracle = m.prompt(seed, tokens, NEW, batch, **inputs)
+    cache = m.cache()
+    if chunk is not None:
+        options["prefill_chunk_size"] = chunk
+    run = generate(m.model, ids, cache, NEW, **options)
+    assert_same(run, oracle)
+    m.assert_streamed(cache)
+    return run.tokens
+
+
+def assert_regions(m: CompiledModel) -> None:
+    """Every graph of a model of equal layers has three regions of its own: ends and middle."""
+    assert m.graphs
+    for graph in m.graphs:
+        regions = graph.report.regions
+        assert (regions.num_regions, regions.num_unique) == (m.layers + 1, 3)
+        assert not graph.report.declines
+
+
+def test_chunked_generate_compiles_once(seed: int) -> None:
+    m = CompiledModel(tiny_llama(seed))
+    check(m, seed, 161, 70)
+    assert dynamo_graphs() <= 3
+    check(m, seed + 1, 141, 70)
+    assert dynamo_graphs() <= 4, "a last chunk of one token takes one graph more"
+    check(m, seed + 2, 161, None)
+    compiled = dynamo_graphs()
+    assert compiled <= 5, "a prompt in one piece takes one graph more"
+
+    for number, tokens in enumerate((71, 80, 100, 139, 140, 33, 210, 333)):
+        check(m, seed + number, tokens, 70)
+        assert dynamo_graphs() == compiled, f"a prompt of {tokens} tokens compiled again"
+    for chunk in (90, 16, None):
+        tokens = check(m, seed, 161, chunk)
+        assert dynamo_graphs() == compiled, f"chunks of {chunk} tokens compiled again"
+        mask = {"attention_mask": torch.ones(1, 161, dtype=torch.int64)}
+        assert torch.equal(check(m, seed, 161, chunk, **mask), tokens)
+        assert dynamo_graphs() == compiled, "a mask of ones compiled again"
+    assert len(m.graphs) == compiled
+    assert_regions(m)
+
+
+def test_turns_and_growth_compile_nothing(seed: int) -> None:
+    """The second turn, a context over many pages and plans, and a padding mask of ones."""
+    m = CompiledModel(tiny_llama(seed))
+    check(m, seed, 141, 70)
+    check(m, seed, 161, None)
+    compiled = dynamo_graphs()
+    ids, oracle = m.prompt(seed, 100, NEW)
+    cache = m.cache(gpu_budget=48 * cache_token_bytes(m))
+    run = generate(m.model, ids, cache, NEW, prefill_chunk_size=40)
+    assert_same(run, oracle)
+    chunk = {"prefill_chunk_size": 50} if CHUNKED_TURNS else {}
+    for turn in range(3):
+        ids, oracle = m.prompt(seed + turn, 60 + turn, NEW, after=run.tokens)
+        run = generate(m.model, ids, cache, NEW, **chunk)
+        assert_same(run, oracle)
+    ids, oracle = m.prompt(seed, 30, 40, after=run.tokens)
+    assert_same(generate(m.model, ids, cache, 40), oracle)
+    stats = m.assert_streamed(cache)
+    assert stats.blocks_by_tier["gpu"] == 3
+    assert stats.blocks_by_tier["host"] > 15
+    assert dynamo_graphs() == compiled
+    assert all(len(graph.schedules) > 1 for graph in m.graphs[1:])
+
+
+def cache_token_bytes(m: CompiledModel) -> int:
+    """Bytes of K and V of one token, all layers, fp32."""
+    config = m.resident.config
+    return 2 * m.layers * config.num_key_value_heads * config.head_dim * 4
+
+
+def test_a_mask_of_ones_runs_the_causal_kernels(seed: int) -> None:
+    """No attention gets a block mask while nothing is padded."""
+    for batch in (1, 2):
+        m = CompiledModel(tiny_llama(seed))
+        ids, oracle = m.prompt(seed, 100, NEW, batch)
+        cache = m.cache()
+        run = generate(
+            m.model, ids, cache, NEW, prefill_chunk_size=70, attention_mask=torch.ones_like(ids)
+        )
+        assert_same(run, oracle)
+        m.assert_streamed(cache)
+        requests = list(cache.session.kernels)
+        assert any(request.causal for request in requests)
+        assert not any(request.masked and request.query == "many" for request in requests)
+
+
+def test_batch(seed: int) -> None:
+    """One set of graphs serves every batch size from 2 on."""
+    m = CompiledModel(tiny_llama(seed))
+    check(m, seed, 161, 70, batch=2)
+    assert dynamo_graphs() <= 3
+    check(m, seed, 141, 70, batch=2)
+    check(m, seed, 161, None, batch=2)
+    compiled = dynamo_graphs()
+    assert compiled <= 5
+    for batch, tokens, chunk in ((2, 200, 90), (3, 161, 70), (5, 141, 70), (4, 77, None)):
+        check(m, seed, tokens, chunk, batch=batch)
+        assert dynamo_graphs() == compiled
+    assert_regions(m)
+
+
+def test_padding(seed: int) -> None:
+    m = CompiledModel(tiny_llama(seed))
+
+    def padded(tokens: int, chunk: int | None, *padding: int) -> None:
+        mask = torch.ones(len(padding), tokens, dtype=torch.int64)
+        for row, count in enumerate(padding):
+            mask[row, :count] = 0
+        check(m, seed, tokens, chunk, batch=len(padding), attention_mask=mask)
+
+    padded(161, 70, 100, 3)
+    assert dynamo_graphs() <= 3
+    padded(141, 70, 0, 80)
+    padded(161, None, 17, 0)
+    compiled = dynamo_graphs()
+    assert compiled <= 5
+    padded(210, 80, 3, 150, 0)
+    padded(100, 70, 0, 0)
+    assert dynamo_graphs() == compiled
+    assert_regions(m)
+    forms = {site.mask.padding for graph in m.graphs for site in graph.report.sites if site.mask}
+    assert forms == {0}
+
+
+def test_windows(seed: int) -> None:
+    """Below its window a model emits no band, so prompts on both sides of it have graphs each."""
+    window = 40
+    m = CompiledModel(tiny_mistral(seed, window))
+    check(m, seed, 161, 70)
+    assert dynamo_graphs() <= 3
+    check(m, seed, 141, 70)
+    check(m, seed, 161, None)
+    check(m, seed, 30, 12)
+    check(m, seed, 30, None)
+    check(m, seed, 45, 11)
+    compiled = dynamo_graphs()
+    assert compiled <= 9
+    for tokens, chunk in ((200, 70), (333, 90), (20, 8), (100, 30), (70, None), (25, None)):
+        check(m, seed, tokens, chunk)
+        assert dynamo_graphs() == compiled, f"{tokens} tokens in chunks of {chunk}"
+    assert_regions(m)
+    windows = {site.mask.window for graph in m.graphs for site in graph.report.sites if site.mask}
+    assert windows <= {window, None}
+    assert window in windows
+
+
+def test_window_reads_only_the_pages_it_sees(seed: int) -> None:
+    window, new, layers = 40, 12, 2
+    m = CompiledModel(tiny_mistral(seed, window, layers))
+    ids, oracle = m.prompt(seed, 200, new)
+    m.use(disable_passes=("hoist_prefetch",))
+    cache = m.cache()
+    assert_same(generate(m.model, ids, cache, new), oracle)
+    stats = m.assert_streamed(cache)
+    token_bytes = cache_token_bytes(m)
+    # A band of 40 tokens touches at most 4 pages of 16.
+    assert stats.h2d_bytes <= (new - 1) * 4 * 16 * token_bytes
+    assert stats.h2d_bytes < (new - 1) * 200 * token_bytes / 2
+
+
+def test_inference_mode(seed: int) -> None:
+    """Another set of the same size as without it, and caches go from one to the other."""
+    m = CompiledModel(tiny_llama(seed))
+    with torch.inference_mode():
+        check(m, seed, 161, 70)
+        assert dynamo_graphs() <= 3
+        check(m, seed, 141, 70)
+        check(m, seed, 161, None)
+    compiled = dynamo_graphs()
+    assert compiled <= 5
+    for tokens, chunk in ((161, 70), (141, 70), (161, None)):
+        check(m, seed, tokens, chunk)
+    assert dynamo_graphs() <= 2 * compiled
+    compiled = dynamo_graphs()
+    ids, oracle = m.prompt(seed, 100, NEW)
+    cache = m.cache()
+    with torch.inference_mode():
+        run = generate(m.model, ids, cache, NEW)
+    assert_same(run, oracle)
+    ids, oracle = m.prompt(seed, 50, NEW, after=run.tokens)
+    assert_same(generate(m.model, ids.clone(), cache, NEW), oracle)
+    with torch.inference_mode():
+        check(m, seed, 77, 70)
+    assert dynamo_graphs() == compiled
+    assert_regions(m)
+
+
+def test_three_models_in_one_process(seed: int) -> None:
+    """All models share one code object of transformers; each is compiled all the same."""
+    shapes = [(2, 6, 3), (3, 4, 2), (2, 6, 3), (4, 6, 2)]
+    models = [CompiledModel(tiny_llama(seed + i, *shape)) for i, shape in enumerate(shapes)]
+    for _ in range(2):
+        for number, m in enumerate(models):
+            check(m, seed + number, 161, 70)
+        compiled = dynamo_graphs()
+    assert compiled <= 3 * len(models)
+    assert dynamo_graphs() == compiled
+    for m in models:
+        if m.graphs:
+            assert_regions(m)
+
+
+def test_giving_up_is_not_silent(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    m = CompiledModel(tiny_llama(seed))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        ids, oracle = m.prompt(seed, 100, NEW)
+        cache = m.cache()
+        with caplog.at_level(logging.WARNING):
+            assert_same(generate(m.model, ids, cache, NEW, prefill_chunk_size=70), oracle)
+        assert cache.stats().eager_updates > 0
+        warnings = [r.message for r in caplog.records if r.name == "headinfer_compile.cache"]
+        assert len(warnings) == 1
+        assert "the model is compiled" in warnings[0]
+        assert "Dynamo gave up" in warnings[0]
+        assert "TORCH_LOGS=recompiles" in warnings[0]
+        with pytest.raises(CacheError, match=r"Dynamo gave up.*strict=True"):
+            generate(m.model, ids, m.cache(strict=True), NEW, prefill_chunk_size=70)
