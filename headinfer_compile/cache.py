@@ -15,7 +15,8 @@ from headinfer_compile.config import parse_bytes
 from headinfer_compile.errors import CacheError, ClosedError, OptionError
 from headinfer_compile.passes.schedule import Schedule
 from headinfer_compile.runtime.ops import session_of
-from headinfer_compile.runtime.session import Session, SessionOptions
+from headinfer_compile.runtime.session import Session
+from headinfer_compile.runtime.store import SessionOptions
 from headinfer_compile.runtime.transfer_ops import update_without_schedule
 
 log = logging.getLogger(__name__)

@@ -47,7 +47,7 @@ def explain(
 
     With ``args``, the model is called with them, once and for real, and stays as it was. With
     ``context``, three steps are traced on the meta device instead, without weights, attention or
-    memory: the first and the last prefill chunk and the decode step after them.
+    memory: the first prefill chunk, the last whole one, and the decode step after the context.
 
     Args:
         model: A live model; with ``context`` also its config, a hub name, a folder or a GGUF file.
@@ -203,22 +203,21 @@ def _explain_context(
     meta = _meta_model(model, dtype)
     sizes = {"gpu_budget": 0, "host_budget": _UNLIMITED_BYTES, **sizes}
     starts = range(0, context, chunk)
-    last = starts[-1]
-    steps = {0: "prefill" if last == 0 else "first chunk", last: "prefill" if last == 0 else "last chunk"}
+    # The last whole chunk; a shorter one after it says less.
+    later = (context // chunk - 1) * chunk or starts[-1]
+    names = {later: "later chunk", 0: "first chunk" if later else "prefill", context: "decode"}
     graphs: list[GraphExplanation] = []
     recorder = _Recorder(config, _PlannedGraph)
     with HeadInferCache(meta.config, **sizes) as cache, _compiled_by(meta, recorder), torch.no_grad():
         for start in [*starts, context]:
             new = min(chunk, context - start) if start < context else 1
-            name = steps.get(start, "decode" if start == context else "")
-            if not name:
-                # Chunks between the first and the last differ from it in numbers only.
+            if start not in names:
                 cache.session.begin(start, new)
                 cache.session.commit()
                 cache.length = start + new
                 continue
             meta(torch.empty(batch, new, dtype=torch.int64, device="meta"), past_key_values=cache)
-            graphs += recorder.explanations(f"{name}: {new:,} new tokens after {start:,}")
+            graphs += recorder.explanations(f"{names[start]}: {new:,} new tokens after {start:,}")
         session = cache.session
         if session.table.bytes_on("host"):
             session.slot_ring()

@@ -31,7 +31,7 @@ def render(explanation: Explanation) -> str:
         lines += ["", f"== {graph.name} =="]
         for title, body in (
             ("attention sites", _sites(graph)),
-            ("passes", _passes(graph.report.passes)),
+            ("passes", _passes(graph.report.passes, graph.report.regions.num_regions)),
             ("model graph", _model_graph(graph)),
         ):
             lines += [title, *(f"  {line}" for line in body)]
@@ -79,12 +79,14 @@ def _sites(graph: GraphExplanation) -> Iterator[str]:
         yield "none rewritten: every layer attends exact K and V copied to the device in full"
 
 
-def _passes(reports: Sequence[PassReport]) -> Iterator[str]:
+def _passes(reports: Sequence[PassReport], num_regions: int = 0) -> Iterator[str]:
     for entry in reports:
         changed = sorted(entry.ops_changed.items(), key=lambda item: -abs(item[1]))
         ops = ", ".join(f"{count:+d} {_short(op)}" for op, count in changed[:_MAX_OPS])
         if len(changed) > _MAX_OPS:
             ops += f", and {len(changed) - _MAX_OPS} more kinds"
+        if entry.name == "partition":
+            ops = f"ops moved into {num_regions} regions"
         nodes = f"{entry.nodes_before:,} -> {entry.nodes_after:,} nodes"
         yield f"{entry.name:<17}{entry.seconds * 1e3:8.1f} ms  {nodes:<24}  {ops or 'no op changed'}"
 
@@ -131,11 +133,10 @@ def _repetition(labels: Sequence[object], at: int) -> tuple[int, int]:
 
 
 def _plan(step: StepPlan) -> Iterator[str]:
-    yield f"{step.phase}: {step.new:,} new tokens after {step.past:,}"
     key = step.schedules[0].schedule.key
     ahead = f"{key.distance} ahead" if key.distance else "none ahead"
     yield (
-        f"head group {step.head_group} ({key.groups} per site), slots of {step.slot_tokens:,} tokens x "
+        f"{step.phase} layout: head group {step.head_group} ({key.groups} per site), slots of {step.slot_tokens:,} tokens x "
         f"{key.num_slots}, transfers {ahead}"
     )
     split = f"{key.chunks} chunks of up to {step.query_chunk:,}" if key.chunks > 1 else "all at once"
@@ -147,8 +148,8 @@ def _plan(step: StepPlan) -> Iterator[str]:
             f"layers {_ranges(item.layers)} attend {'' if key.one_query else 'the new tokens, '}{tail}"
             f"{key.resident} resident and {key.host} host KV blocks"
         )
-    yield f"moved per step: {format_bytes(step.h2d_bytes)} to the device ({step.h2d_bytes:,} bytes), "
-    yield f"  {format_bytes(step.d2h_bytes)} to the host ({step.d2h_bytes:,} bytes)"
+    for where, count in (("device", step.h2d_bytes), ("host", step.d2h_bytes)):
+        yield f"moves to the {where:<6} {format_bytes(count):>10} a step ({count:,} bytes)"
 
 
 def _schedule(item: SiteSchedule, before: Sequence[SiteSchedule]) -> Iterator[str]:

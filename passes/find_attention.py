@@ -241,8 +241,8 @@ def _readers(update: Node) -> list[Node]:
         user = stack.pop()
         passes_on = (
             user.target is operator.getitem
-            or user.op == "call_method"
-            and user.target in ("expand", "reshape", "view", "transpose", *_SAME_VALUES)
+            or (user.op == "call_method"
+            and user.target in ("expand", "reshape", "view", "transpose", *_SAME_VALUES))
         )
         if passes_on:
             stack.extend(user.users)

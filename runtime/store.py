@@ -1,0 +1,251 @@
+"""The memory of one cache: geometry, budgets, token blocks, slots, staging ring and tail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from headinfer_compile.config import HeadInferConfig, format_bytes
+from headinfer_compile.errors import CacheError, ClosedError, DoesNotFitError
+from headinfer_compile.runtime.budget import default_gpu_budget, default_host_budget
+from headinfer_compile.runtime.paged import PagedTables
+from headinfer_compile.runtime.pages import BlockTable
+from headinfer_compile.runtime.slots import SlotRing
+from headinfer_compile.runtime.spec import Geometry
+from headinfer_compile.runtime.staging import StagingRing, Tail
+from headinfer_compile.runtime.step import Phase
+from headinfer_compile.runtime.streams import Event, Streams
+
+_STAGING_TOKENS = (1024, 16384)
+_TAIL_TOKENS, _TAIL_BYTES = 256, 64 << 20
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """Budgets and sizes given to the cache; None means ``"auto"``."""
+
+    gpu_budget: int | None = None
+    host_budget: int | None = None
+    page_tokens: int | None = None
+    tail_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a phase cuts KV: heads per group and tokens per slot."""
+
+    head_group: int
+    slot_tokens: int
+
+
+class Store:
+    """Everything a cache has allocated; nothing here knows what is stored."""
+
+    def __init__(self, num_layers: int, options: SessionOptions) -> None:
+        self.num_layers = num_layers
+        self.options = options
+        self.config = HeadInferConfig()
+        self.closed = False
+        self.capability: tuple[int, int] | None = None
+        self.regular_chunk = 0
+        """Tokens of the first call: the chunk that most calls of a prefill have."""
+        self.reserved = 0
+        """Tokens announced by ``check_room``; their slabs are made in the background."""
+        self.geometry: Geometry | None = None
+        self.make_streams: Callable[[torch.device], Streams] = Streams
+        self.streams: Streams
+        self.table: BlockTable
+        self.slots: SlotRing | None = None
+        self.staging: StagingRing | None = None
+        self.tail: Tail
+        self._paged: PagedTables | None = None
+
+    def bind(self, k: torch.Tensor, v: torch.Tensor, activation_bytes: int) -> Geometry:
+        """Fix the geometry by the first K ``[B, Hkv, n, D]`` and V ``[B, Hkv, n, Dv]``.
+
+        Raises:
+            ClosedError: The cache was closed.
+            CacheError: A later call has another batch, shape, dtype or device.
+            DoesNotFitError: The device has no room for the fixed buffers.
+        """
+        if self.closed:
+            raise ClosedError("this HeadInferCache was closed and holds nothing: make a new one")
+        found = Geometry(
+            self.num_layers, k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device
+        )
+        if self.geometry is None:
+            self.regular_chunk = k.shape[2]
+            self._allocate(found, activation_bytes)
+        elif found != self.geometry:
+            self._explain_mismatch(found)
+        assert self.geometry is not None
+        return self.geometry
+
+    def _explain_mismatch(self, found: Geometry) -> None:
+        held = self.geometry
+        assert held is not None
+        causes = {
+            "batch": "batch size changed; use a new cache (or reset()) for another batch",
+            "num_kv_heads": "this cache belongs to another model; use one cache per model",
+            "head_dim": "this cache belongs to another model; use one cache per model",
+            "v_head_dim": "this cache belongs to another model; use one cache per model",
+            "dtype": "the dtype of K and V changed; use a new cache for another dtype",
+            "device": "K and V moved to another device; use a new cache for another device",
+        }
+        for name, cause in causes.items():
+            if getattr(held, name) != getattr(found, name):
+                raise CacheError(
+                    f"the cache holds K and V with {name}={getattr(held, name)}, and K "
+                    f"and V came with {name}={getattr(found, name)}: {cause}. What is stored is intact"
+                )
+
+    def _allocate(self, geometry: Geometry, activation_bytes: int) -> None:
+        options = self.options
+        self.streams = self.make_streams(geometry.device)
+        tail_tokens = options.tail_tokens or max(
+            1, min(_TAIL_TOKENS, _TAIL_BYTES // geometry.token_bytes)
+        )
+        table = BlockTable(geometry, options.page_tokens, 0, 0, options.gpu_budget is None)
+        page_bytes = table.largest_page_tokens * geometry.layer_token_bytes
+        fixed = (
+            self.config.num_slots * page_bytes
+            + tail_tokens * geometry.token_bytes
+            + 2 * min(self.regular_chunk, _STAGING_TOKENS[1]) * geometry.layer_token_bytes
+        )
+        workspace = int(self.config.workspace_bytes)
+        table.gpu_budget = (
+            default_gpu_budget(geometry.device, fixed + workspace + activation_bytes)
+            if options.gpu_budget is None
+            else options.gpu_budget
+        )
+        table.host_budget = (
+            default_host_budget() if options.host_budget is None else options.host_budget
+        )
+        try:
+            self.tail = Tail(geometry, tail_tokens, self.streams)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"the GPU has no room for the fixed buffers: {format_bytes(fixed)} of slots, staging "
+                f"and tail, beside {format_bytes(workspace)} of workspace. Lower tail_tokens, "
+                "page_tokens or num_slots, or free GPU memory"
+            ) from error
+        self._written = [
+            self.streams.new_event("pages.written") for _ in range(geometry.num_layers)
+        ]
+        if geometry.device.type == "cuda":
+            self.capability = torch.cuda.get_device_capability(geometry.device)
+        self.table = table
+        self.geometry = geometry
+
+    def layout(self, phase: Phase) -> Layout:
+        """Head group and slot tokens of a phase (``HeadInferConfig``)."""
+        geometry = self.geometry
+        assert geometry is not None
+        heads = geometry.num_kv_heads
+        group = self.config.per_phase("head_group", phase) or (1 if phase == "prefill" else heads)
+        page = self.table.largest_page_tokens
+        tokens = self.config.per_phase("slot_tokens", phase) or page * heads // min(group, heads)
+        return Layout(min(group, heads), max(page, tokens // page * page))
+
+    def slot_ring(self) -> SlotRing:
+        """The slots, made when the first streamed step needs them.
+
+        Raises:
+            DoesNotFitError: The device has no room for them.
+        """
+        if self.slots is None:
+            geometry = self.geometry
+            assert geometry is not None
+            phases: tuple[Phase, ...] = ("prefill", "decode")
+            nbytes = max(
+                layout.head_group * layout.slot_tokens * geometry.head_token_bytes
+                for layout in map(self.layout, phases)
+            )
+            count = self.config.num_slots
+            try:
+                self.slots = SlotRing(geometry, count, nbytes, self.streams)
+            except torch.OutOfMemoryError as error:
+                raise DoesNotFitError(
+                    f"the GPU has no room for {count} slots of {format_bytes(nbytes)}: lower "
+                    "slot_tokens, page_tokens or num_slots, or free GPU memory"
+                ) from error
+        return self.slots
+
+    def make_staging(self, new: int) -> None:
+        """Make the staging ring, sized by the first chunk that needs it."""
+        if self.staging is None:
+            assert self.geometry is not None
+            low, high = _STAGING_TOKENS
+            self.staging = StagingRing(self.geometry, min(max(new, low), high), self.streams)
+
+    def check_room(self, tokens: int, token_bytes: int) -> None:
+        """Check that ``tokens`` tokens of ``token_bytes`` bytes (all layers) can be held.
+
+        Raises:
+            DoesNotFitError: The budgets do not hold them.
+        """
+        self.reserved = tokens
+        if self.geometry is not None:
+            self.table.plan(tokens)
+            return
+        host = self.options.host_budget
+        host = default_host_budget() if host is None else host
+        needed = tokens * token_bytes
+        gpu = self.options.gpu_budget
+        if gpu is None:
+            # Not known before the first forward; whatever is free now is the most it can be.
+            gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+        if needed > host + gpu:
+            raise DoesNotFitError(
+                f"{tokens} tokens of KV take {format_bytes(needed)}; there is room for "
+                f"{format_bytes(host)} on the host and {format_bytes(gpu)} on the GPU: shorten the "
+                f"context to about {(host + gpu) // token_bytes} tokens, or raise host_budget or "
+                "gpu_budget"
+            )
+
+    def check_materialised(self, tokens: int) -> None:
+        """Refuse to put all K and V of one layer on the GPU where the budget forbids it.
+
+        Raises:
+            DoesNotFitError: ``tokens`` tokens of one layer exceed ``gpu_budget``, which the user set.
+        """
+        assert self.geometry is not None
+        needed, budget = tokens * self.geometry.layer_token_bytes, self.options.gpu_budget
+        if self.geometry.device.type == "cuda" and budget is not None and needed > budget:
+            raise DoesNotFitError(
+                f"all K and V of one layer take {format_bytes(needed)} on the GPU and gpu_budget is "
+                f"{format_bytes(budget)}: compile the model with model.compile(backend='headinfer'), "
+                "so that attention runs block by block, or raise gpu_budget. What is stored is intact"
+            )
+
+    def paged_tables(self) -> PagedTables:
+        """The tables of ``attend_resident``; ``sync_paged`` fills them."""
+        if self._paged is None:
+            assert self.geometry is not None
+            self._paged = PagedTables(self.geometry, self.tail)
+        return self._paged
+
+    def written_event(self, layer: int) -> Event:
+        """Recorded on d2h after the last offload of a layer."""
+        return self._written[layer]
+
+    def free(self) -> None:
+        """Wait for the copies in flight and give all memory back."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.geometry is not None:
+            self.streams.drain()
+            self.table.close()
+            del self.tail
+        self.slots = self.staging = self.geometry = self._paged = None
+
+    def bytes_of(self, part: Literal["slots", "staging", "tail"]) -> int:
+        """Device bytes of a fixed buffer."""
+        if self.geometry is None:
+            return 0
+        buffer = {"slots": self.slots, "staging": self.staging, "tail": self.tail}[part]
+        return buffer.nbytes if buffer is not None else 0
