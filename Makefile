@@ -3,7 +3,6 @@
 #
 # TORCH is any pip spec, and is installed before the rest, so that nothing else chooses a torch:
 #   make test TORCH=torch==2.13.0
-#   make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
 
 TORCH ?= torch
 PYTHON ?= python3

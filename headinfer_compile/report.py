@@ -147,8 +147,8 @@ class _Recorder:
         self.graphs.clear()
         if not graphs:
             raise HeadInferError(
-                "the call does not use the cache in a graph: the model keeps no KV cache, or Dynamo "
-                "gave up on it (TORCH_LOGS=graph_breaks,recompiles says why)"
+                "the call does not use the cache in a graph: the model keeps no KV cache, or "
+                "Dynamo gave up on it (TORCH_LOGS=graph_breaks,recompiles says why)"
             )
         return graphs
 
@@ -208,7 +208,11 @@ def _explain_context(
     names = {later: "later chunk", 0: "first chunk" if later else "prefill", context: "decode"}
     graphs: list[GraphExplanation] = []
     recorder = _Recorder(config, _PlannedGraph)
-    with HeadInferCache(meta.config, **sizes) as cache, _compiled_by(meta, recorder), torch.no_grad():
+    with (
+        HeadInferCache(meta.config, **sizes) as cache,
+        _compiled_by(meta, recorder),
+        torch.no_grad(),
+    ):
         for start in [*starts, context]:
             new = min(chunk, context - start) if start < context else 1
             if start not in names:
@@ -235,20 +239,17 @@ def _meta_model(model: Any, dtype: torch.dtype | None) -> PreTrainedModel:
     found = model.config if isinstance(model, PreTrainedModel) else model
     if not isinstance(found, PretrainedConfig):
         raise OptionError(
-            f"context= needs a transformers model, config or name, not {type(model).__name__}: call "
-            "explain(model, *args) for another model"
+            f"context= needs a transformers model, config or name, not {type(model).__name__}: "
+            "call explain(model, *args) for another model"
         )
     config = copy.deepcopy(found)
-    if dtype is None:
-        dtype = model.dtype if isinstance(model, PreTrainedModel) else config.dtype
-    dtype = dtype or torch.float32
+    dtype = dtype or getattr(model, "dtype", None)
+    live = isinstance(model, PreTrainedModel)
+    make = type(model)._from_config if live else AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        if isinstance(model, PreTrainedModel):
-            made = type(model)._from_config(config, dtype=dtype)
-        else:
-            made = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    assert isinstance(made, PreTrainedModel)
-    return made.eval()
+        made: PreTrainedModel = make(config, dtype=dtype or torch.float32)
+    made.eval()
+    return made
 
 
 def _explain_graph(name: str, graph: _RecordedGraph) -> GraphExplanation:

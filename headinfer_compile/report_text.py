@@ -25,7 +25,7 @@ _MAX_OPS = 6
 
 
 def render(explanation: Explanation) -> str:
-    """The report: every graph with its sites, passes, model graph, plan and schedules; the bytes."""
+    """The report: each graph with its sites, passes, model graph, plan and schedules; bytes."""
     lines = [explanation.title]
     for graph in explanation.graphs:
         lines += ["", f"== {graph.name} =="]
@@ -88,7 +88,8 @@ def _passes(reports: Sequence[PassReport], num_regions: int = 0) -> Iterator[str
         if entry.name == "partition":
             ops = f"ops moved into {num_regions} regions"
         nodes = f"{entry.nodes_before:,} -> {entry.nodes_after:,} nodes"
-        yield f"{entry.name:<17}{entry.seconds * 1e3:8.1f} ms  {nodes:<24}  {ops or 'no op changed'}"
+        time = f"{entry.seconds * 1e3:8.1f} ms"
+        yield f"{entry.name:<17}{time}  {nodes:<24}  {ops or 'no op changed'}"
 
 
 def _short(op: str) -> str:
@@ -136,18 +137,17 @@ def _plan(step: StepPlan) -> Iterator[str]:
     key = step.schedules[0].schedule.key
     ahead = f"{key.distance} ahead" if key.distance else "none ahead"
     yield (
-        f"{step.phase} layout: head group {step.head_group} ({key.groups} per site), slots of {step.slot_tokens:,} tokens x "
-        f"{key.num_slots}, transfers {ahead}"
+        f"{step.phase} layout: head group {step.head_group} ({key.groups} per site), "
+        f"{key.num_slots} slots of {step.slot_tokens:,} tokens, transfers {ahead}"
     )
-    split = f"{key.chunks} chunks of up to {step.query_chunk:,}" if key.chunks > 1 else "all at once"
-    yield f"queries {split}"
+    if key.chunks > 1:
+        yield f"queries in {key.chunks} chunks of up to {step.query_chunk:,}, each streams the KV"
     for item in step.schedules:
         key = item.schedule.key
-        tail = "the tail, " if key.has_tail or key.one_query else ""
-        yield (
-            f"layers {_ranges(item.layers)} attend {'' if key.one_query else 'the new tokens, '}{tail}"
-            f"{key.resident} resident and {key.host} host KV blocks"
-        )
+        parts = [] if key.one_query else ["the new tokens"]
+        parts += ["the tail"] if key.has_tail or key.one_query else []
+        parts.append(f"{key.resident} resident and {key.host} host KV blocks")
+        yield f"layers {_ranges(item.layers)} attend {', '.join(parts)}"
     for where, count in (("device", step.h2d_bytes), ("host", step.d2h_bytes)):
         yield f"moves to the {where:<6} {format_bytes(count):>10} a step ({count:,} bytes)"
 
@@ -156,8 +156,8 @@ def _schedule(item: SiteSchedule, before: Sequence[SiteSchedule]) -> Iterator[st
     schedule = item.schedule
     yield (
         f"schedule of layers {_ranges(item.layers)}: {schedule.num_nodes} nodes, "
-        f"{schedule.num_transfers} transfers, built in {schedule.build_seconds * 1e3:.1f} ms, of it "
-        f"{schedule.verify_seconds * 1e3:.1f} ms of proof"
+        f"{schedule.num_transfers} transfers, built in {schedule.build_seconds * 1e3:.1f} ms, "
+        f"of it {schedule.verify_seconds * 1e3:.1f} ms of proof"
     )
     for line in _passes(item.passes):
         yield f"  {line}"

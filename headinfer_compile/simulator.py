@@ -1,8 +1,8 @@
 """Runs a cache's steps on CPU as three streams would, in any order that the events allow.
 
 Inside a simulated call no tensor op runs when it is issued: it goes to the queue of its stream
-(compute, h2d or d2h) with the events around it, exactly as the runtime records and waits for them.
-A seeded generator decides how far each queue runs ahead of the others. What a stream has not
+(compute, h2d or d2h) with the events around it, just as the runtime records and waits for them. A
+seeded generator decides how far each queue runs ahead of the others. What a stream has not
 computed yet reads as NaN, and so does a slot or staging buffer that was given up. A schedule and a
 runtime that lack no edge give bitwise the same result for every seed; dropping an edge that is
 needed gives another result for some.
@@ -32,8 +32,11 @@ from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.streams import Event, Streams
 
 _ROLES = ("compute", "h2d", "d2h")
-_RATES = (0.0, 0.1, 0.6, 0.95)
+_RATES = (0.0, 0.05, 0.6, 0.95)
 """Chances that a stream runs one more op after the host has issued one: from idle to keeping up."""
+
+_PACE_CHANGES = 0.25
+"""Chance that a call draws new rates: a stream that idles has to do so over several calls."""
 
 _aten = torch.ops.aten
 #: Ops that give the host a value, so that it waits for compute.
@@ -132,7 +135,7 @@ class Simulation:
                 pass
 
     def record(self, event: SimulatedEvent, role: str) -> None:
-        """Record ``event``; a slot or staging buffer that this gives up reads as NaN from here on."""
+        """Record ``event``; a slot or staging buffer that it gives up reads as NaN from here on."""
         for buffer in self._given_up_by(event):
             self.issue(role, _Entry(run=partial(buffer.fill_, float("nan"))))
         event.ticket = _Ticket(role)
@@ -207,7 +210,8 @@ class Simulation:
     @contextmanager
     def call(self, synchronize: bool) -> Iterator[None]:
         """Defer the ops of one compiled call; ``synchronize`` as ``simulated``."""
-        self.new_pace()
+        if self._random.random() < _PACE_CHANGES:
+            self.new_pace()
         self._in_call = True
         try:
             with self.on("compute"):
@@ -258,7 +262,11 @@ class _Deferring(TorchDispatchMode):
         self._simulation = simulation
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         simulation = self._simulation

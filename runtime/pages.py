@@ -181,12 +181,14 @@ class BlockTable:
         if buffer is None:
             slab = self._slabs.take(nbytes, page_bytes)
             buffer = slab.tensor
-        typed = buffer.view(geometry.dtype)
         elements = page_bytes // geometry.dtype.itemsize
-        pages = [
-            kv_views(typed[at : at + elements], geometry, geometry.num_kv_heads, tokens)
-            for at in range(0, elements * geometry.num_layers, elements)
-        ]
+        # A view in another dtype made under inference_mode could not be written outside of it.
+        with torch.inference_mode(False):
+            typed = buffer.view(geometry.dtype)
+            pages = [
+                kv_views(typed[at : at + elements], geometry, geometry.num_kv_heads, tokens)
+                for at in range(0, elements * geometry.num_layers, elements)
+            ]
         self.blocks.append(
             TokenBlock(len(self.blocks), self.capacity, tokens, tier, pages, nbytes, slab)
         )

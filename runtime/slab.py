@@ -107,7 +107,7 @@ class SlabAllocator:
         for size in sizes:
             futures = self._ahead.setdefault(size, [])
             if len(futures) < wanted[size]:
-                futures.append(self._pool.submit(HostSlab, *size, True))
+                futures.append(self._pool.submit(HostSlab, *size, self._device))
 
     def _discard(self, future: Future[HostSlab]) -> None:
         if not future.cancel():
