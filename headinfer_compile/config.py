@@ -95,8 +95,8 @@ class HeadInferConfig:
     KV is streamed again, rather than exceed it."""
     cuda_graphs: bool = False
     """Capture whole decode steps whose KV is resident."""
-    cpu_attention: float | Literal["auto", "off"] = "off"
-    """Share of the host blocks attended on the CPU. Only ``"off"`` is built."""
+    cpu_attention: Literal["off"] = "off"
+    """Share of the host blocks attended on the CPU; only ``"off"`` is built."""
     verify: bool = True
     """Prove every new schedule before it runs; costs some 10 us per node, once per plan key."""
     strict: bool = False
@@ -130,12 +130,11 @@ class HeadInferConfig:
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected True or False")
         if self.lowering not in ("inductor", "eager"):
             raise OptionError(f"lowering={self.lowering!r}: expected 'inductor' or 'eager'")
-        if self.cpu_attention not in ("auto", "off"):
-            share = self.cpu_attention
-            if isinstance(share, (bool, str)) or not 0 <= share <= 1:
-                raise OptionError(
-                    f"cpu_attention={share!r}: expected 'auto', 'off' or a share from 0 to 1"
-                )
+        if self.cpu_attention != "off":
+            raise OptionError(
+                f"cpu_attention={self.cpu_attention!r}: only 'off' is built; host blocks are streamed "
+                "to the GPU"
+            )
         unknown = set(self.disable_passes) - set(OPTIONAL_PASSES)
         if unknown:
             raise OptionError(

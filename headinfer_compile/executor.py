@@ -269,6 +269,10 @@ class _SiteCall(torch.nn.Module):
         super().__init__()
         self._run: Callable[..., torch.Tensor] = owner.run_site
         self._index = index
+        self._nvtx = owner.config.nvtx and torch.cuda.is_available()
 
     def forward(self, *args: Any) -> torch.Tensor:
+        if self._nvtx:
+            with torch.cuda.nvtx.range(f"headinfer site {self._index}"):
+                return self._run(self._index, *args)
         return self._run(self._index, *args)

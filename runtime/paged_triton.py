@@ -19,6 +19,7 @@ from torch import Tensor
 _TILE = 64
 _LOG2_E = 1.4426950408889634
 _PROGRAMS_PER_SM = 2
+_NUM_WARPS, _NUM_STAGES = 4, 3
 
 
 @triton.jit(do_not_specialize=["num_blocks", "q_batch", "q_head", "visible_batch"])
@@ -218,6 +219,8 @@ def attend_paged(
         DV_PAD=v_pad,
         TILE=_TILE,
         SPLITS=splits,
+        num_warps=_NUM_WARPS,
+        num_stages=_NUM_STAGES,
     )
     _join_kernel[(batch * heads,)](
         part, part_lse, out, lse, G=group, DV=v_head_dim, DV_PAD=v_pad, SPLITS=splits

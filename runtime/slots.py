@@ -42,14 +42,11 @@ class SlotRing:
         self.slot_bytes = slot_bytes
         with torch.inference_mode(False):
             buffer = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=geometry.device)
+            rows = [row.view(geometry.dtype) for row in buffer.unbind()]
         self.nbytes = buffer.nbytes
         self.slots = [
-            Slot(
-                row.view(geometry.dtype),
-                streams.new_event("slot.filled"),
-                streams.new_event("slot.freed"),
-            )
-            for row in buffer.unbind()
+            Slot(row, streams.new_event("slot.filled"), streams.new_event("slot.freed"))
+            for row in rows
         ]
         self._transfers = 0
         self._views: dict[tuple[int, int, int], Views] = {}

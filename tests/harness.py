@@ -77,9 +77,9 @@ def tiny_mistral(seed: int, window: int, layers: int = 2) -> MistralForCausalLM:
 
 
 def random_ids(seed: int, tokens: int, batch: int = 1) -> Tensor:
-    """Random token ids ``[batch, tokens]``, none of them 0, which pads."""
+    """Random token ids ``[batch, tokens]``."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, VOCAB, (batch, tokens), generator=generator)
+    return torch.randint(0, VOCAB, (batch, tokens), generator=generator)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def generate(model: PreTrainedModel, ids: Tensor, cache: Any, new: int, **option
         past_key_values=cache,
         max_new_tokens=new,
         min_new_tokens=new,
-        pad_token_id=0,
+        # Not a token: generate would take the ones it finds in a prompt for padding.
+        pad_token_id=VOCAB,
         return_dict_in_generate=True,
         output_logits=True,
         **{"do_sample": False, **options},
@@ -165,8 +166,14 @@ class CompiledModel:
         """What the oracle runs on: every token of every layer on the device."""
         return DynamicCache()
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of K and V of one token, all layers, fp32."""
+        config = self.resident.config
+        return int(2 * self.layers * config.num_key_value_heads * config.head_dim * 4)
+
     def forward(self, ids: Tensor, cache: Any, chunk: int, **inputs: Any) -> Tensor:
-        """Logits ``[B, S, vocab]`` of direct calls on chunks of ``ids``; all options go to each."""
+        """Logits ``[B, S, vocab]`` of direct calls on chunks of ``ids``; ``inputs`` go to each."""
         model = self.model if isinstance(cache, HeadInferCache) else self.resident
         with torch.no_grad():
             logits = [

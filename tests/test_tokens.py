@@ -23,7 +23,6 @@ from headinfer_compile import HeadInferCache
 
 # More than 64 new tokens are prefill to the runtime, fewer are decode: the chunks below are both.
 PROMPT, NEW = 161, 10
-TOKEN_BYTES = 2 * 2 * 3 * 8 * 4  # layers, K and V, KV heads, head_dim, fp32
 AXES: Mapping[str, Sequence[Any]] = {
     # One piece; an uneven last chunk; a last chunk of one token.
     "chunk": (PROMPT, 70, 80),
@@ -70,7 +69,7 @@ def test_layouts(
 ) -> None:  # fmt: skip
     ids, oracle = llama.prompt(seed, PROMPT, NEW)
     llama.use(head_group=head_group, num_slots=num_slots)
-    kv_bytes = (PROMPT + NEW - 1) * TOKEN_BYTES
+    kv_bytes = (PROMPT + NEW - 1) * llama.token_bytes
     gpu_budget = {"none": 0, "third": kv_bytes // 3, "all": "1GiB"}[budget]
     cache = llama.cache(page_tokens=page_tokens, gpu_budget=gpu_budget)
     assert_same(generate(llama.model, ids, cache, NEW, prefill_chunk_size=chunk), oracle)
@@ -102,10 +101,10 @@ def test_bytes_moved(
     new = 20
     ids, oracle = llama.prompt(seed, PROMPT, new)
     llama.use(disable_passes=() if hoist else ("hoist_prefetch",))
-    cache = llama.cache(gpu_budget=resident * 16 * TOKEN_BYTES)
+    cache = llama.cache(gpu_budget=resident * 16 * llama.token_bytes)
     assert_same(generate(llama.model, ids, cache, new, prefill_chunk_size=chunk), oracle)
     stats = llama.assert_streamed(cache)
-    expected = Expected(TOKEN_BYTES, 16, 8, resident, distance=2 if hoist else 0)
+    expected = Expected(llama.token_bytes, 16, 8, resident, distance=2 if hoist else 0)
     expected.run(PROMPT, chunk, new, llama.layers)
     assert stats.h2d_bytes == expected.h2d_bytes
     assert stats.d2h_bytes == expected.d2h_bytes
@@ -126,7 +125,7 @@ def test_queries_split_by_workspace(llama: CompiledModel, seed: int) -> None:
     # heads at once: 4 pieces of 16.
     assert stats.op_calls["store"] - whole.stats().op_calls["store"] == (2 * 3 + 3) * llama.layers
     # Each piece of the second chunk streams the 100 old tokens.
-    again = 3 * 100 * TOKEN_BYTES
+    again = 3 * 100 * llama.token_bytes
     assert stats.h2d_bytes == whole.stats().h2d_bytes + again
 
 
@@ -153,7 +152,7 @@ def test_batch_of_equal_length(llama: CompiledModel, seed: int) -> None:
     llama.use()
     cache = llama.cache()
     assert_same(generate(llama.model, ids, cache, NEW, prefill_chunk_size=70), oracle)
-    assert llama.assert_streamed(cache).kv_bytes == 2 * (PROMPT + NEW - 1) * TOKEN_BYTES
+    assert llama.assert_streamed(cache).kv_bytes == 2 * (PROMPT + NEW - 1) * llama.token_bytes
 
 
 def test_smallest_tail_and_longest_decode(llama: CompiledModel, seed: int) -> None:
