@@ -27,7 +27,7 @@ from benchmarks.common import (
     write_rows,
 )
 from benchmarks.models import build
-from benchmarks.prefill import _make, _usable
+from benchmarks.prefill import make_variant, usable
 from benchmarks.roofline import Roofline, measure
 from benchmarks.variants import DEFAULT, Variant, Variants
 
@@ -166,14 +166,14 @@ def main(argv: list[str] | None = None) -> list[Row]:
     model = build(args.model, setup.device, layers=args.layers)
     variants = Variants(model)
     say("%s: %d layers, best kernel %s", args.model, model.config.num_hidden_layers, variants.kernel)
-    usable = [name for name in args.variants if _usable(variants, name)]
+    names = [name for name in args.variants if usable(variants, name)]
     roofline = measure(setup.device, variants.make("resident").shape, model.dtype)
     say("%s", roofline.as_row())
-    made = {name: _make(variants, name, args.lowering) for name in usable}
+    made = {name: make_variant(variants, name, args.lowering) for name in names}
     rows: dict[str, Row] = {}
     for context in args.context:
         ids = torch.randint(0, model.config.vocab_size, (1, context), device=setup.device)
-        cells = [Cell(made[name], context, args.chunk, setup) for name in usable]
+        cells = [Cell(made[name], context, args.chunk, setup) for name in names]
         for turn in range(args.rounds):
             for cell in cells if turn % 2 == 0 else reversed(cells):
                 if cell.failure is None:

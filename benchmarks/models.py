@@ -45,6 +45,21 @@ def _qwen2_5_7b() -> PretrainedConfig:
     )
 
 
+def _smollm2_135m() -> PretrainedConfig:
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+    )
+
+
 def _tiny() -> PretrainedConfig:
     return LlamaConfig(
         vocab_size=512,
@@ -61,6 +76,7 @@ def _tiny() -> PretrainedConfig:
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama-3-8b": _llama_3_8b,
     "qwen2.5-7b": _qwen2_5_7b,
+    "smollm2-135m": _smollm2_135m,
     "tiny": _tiny,
 }
 
@@ -137,6 +153,7 @@ def build(
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device)
+    model.tie_weights()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -165,5 +182,6 @@ def twin(model: PreTrainedModel, attention: str) -> PreTrainedModel:
             copy.deepcopy(model.config), dtype=model.dtype, attn_implementation=attention
         )
     made.load_state_dict(model.state_dict(), assign=True)
+    made.tie_weights()
     _renew_rotary(made, model.device)
     return made.eval()

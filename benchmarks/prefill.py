@@ -122,14 +122,14 @@ def main(argv: list[str] | None = None) -> list[Row]:
     model = build(args.model, setup.device, layers=args.layers)
     variants = Variants(model)
     say("%s: %d layers, best kernel %s", args.model, model.config.num_hidden_layers, variants.kernel)
-    usable = [name for name in args.variants if _usable(variants, name)]
+    names = [name for name in args.variants if usable(variants, name)]
     roofline = measure(setup.device, variants.make("resident").shape, model.dtype)
     say("%s", roofline.as_row())
-    made = {name: _make(variants, name, args.lowering) for name in usable}
+    made = {name: make_variant(variants, name, args.lowering) for name in names}
     rows: dict[str, Row] = {}
     for context in args.context:
         ids = torch.randint(0, model.config.vocab_size, (1, context), device=setup.device)
-        cells = [Cell(made[name], context, args.chunk, setup) for name in usable]
+        cells = [Cell(made[name], context, args.chunk, setup) for name in names]
         for turn in range(args.rounds + 1):
             # Every other round backwards, so that none is always the one after the heaviest.
             for cell in cells if turn % 2 == 0 else reversed(cells):
@@ -151,14 +151,16 @@ def _error(logits: torch.Tensor | None, reference: torch.Tensor | None) -> float
     return round(float((logits - reference).norm() / reference.norm()), 6)
 
 
-def _usable(variants: Variants, name: str) -> bool:
+def usable(variants: Variants, name: str) -> bool:
+    """Whether a variant runs here; says why not."""
     reason = variants.unavailable(name)
     if reason is not None:
         say("%s left out: %s", name, reason)
     return reason is None
 
 
-def _make(variants: Variants, name: str, lowering: str) -> Variant:
+def make_variant(variants: Variants, name: str, lowering: str) -> Variant:
+    """A variant by name, with ``lowering`` where it is ours."""
     options: dict[str, Any] = {"lowering": lowering} if name.startswith("headinfer") else {}
     return variants.make(name, **options)
 

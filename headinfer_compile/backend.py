@@ -160,9 +160,7 @@ def _compile(
 ) -> CompiledGraph:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     parameters = [
-        index
-        for index, value in enumerate(example_inputs)
-        if isinstance(value, torch.nn.Parameter)
+        index for index, value in enumerate(example_inputs) if isinstance(value, torch.nn.Parameter)
     ]
     positions = [
         index

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import types
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -18,41 +17,11 @@ from headinfer_compile.runtime.ops import session_of
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.store import SessionOptions
 from headinfer_compile.runtime.transfer_ops import update_without_schedule
+from headinfer_compile.stats import CacheStats, collect_stats
 
 log = logging.getLogger(__name__)
 
 _NO_KV_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """Where the bytes of a cache are and what has moved. All sizes are bytes."""
-
-    tokens: int
-    kv_bytes: int
-    resident_bytes: int
-    tail_bytes: int
-    host_bytes: int
-    slab_bytes: int
-    """The largest host slab, the granularity of ``host_bytes``."""
-    slot_bytes: int
-    staging_bytes: int
-    fixed_bytes: int
-    """Slots, staging ring and tail; independent of the context length."""
-    workspace_bytes: int
-    """The most that attention accumulators, kernel outputs and block masks were planned to take."""
-    h2d_bytes: int
-    d2h_bytes: int
-    cpu_bytes: int
-    link_utilisation: float | None
-    """Share of the measured link rate that decode reached; None where it was not measured."""
-    exposed_wait_us: float | None
-    """Time that compute waited for transfers; None where it was not measured."""
-    op_calls: dict[str, int]
-    blocks_by_tier: dict[str, int]
-    sites_rewritten: int
-    eager_updates: int
-    materialised_layers: int
 
 
 class HeadInferCache(Cache):  # type: ignore[misc]
@@ -95,14 +64,25 @@ class HeadInferCache(Cache):  # type: ignore[misc]
         text = config.get_text_config(decoder=True)
         num_layers = getattr(text, "num_hidden_layers", None)
         if not num_layers:
-            raise CacheError(f"{type(config).__name__} has no num_hidden_layers: it keeps no KV cache")
+            raise CacheError(
+                f"{type(config).__name__} has no num_hidden_layers: it keeps no KV cache"
+            )
         kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * num_layers)
         owned = kinds[: num_layers - (getattr(text, "num_kv_shared_layers", None) or 0)]
         with_kv = [i for i, kind in enumerate(owned) if kind not in _NO_KV_LAYERS]
         if not with_kv:
-            raise CacheError(f"{type(config).__name__} has no attention layer: it keeps no KV cache")
+            raise CacheError(
+                f"{type(config).__name__} has no attention layer: it keeps no KV cache"
+            )
         self._make(
-            num_layers, with_kv[-1], gpu_budget, host_budget, page_tokens, tail_tokens, strict, device
+            num_layers,
+            with_kv[-1],
+            gpu_budget,
+            host_budget,
+            page_tokens,
+            tail_tokens,
+            strict,
+            device,
         )
         self._token_bytes = _token_bytes(text, len(with_kv))
 
@@ -122,7 +102,7 @@ class HeadInferCache(Cache):  # type: ignore[misc]
         strict: bool = False,
         device: torch.device | str | None = None,
     ) -> HeadInferCache:
-        """Make a cache for a model that is not from transformers; arguments as the constructor's."""
+        """Make a cache for a model that is not from transformers; arguments as ``__init__``."""
         cache = cls.__new__(cls)
         cache._make(
             num_layers, num_layers - 1, gpu_budget, host_budget, page_tokens, tail_tokens, strict,
@@ -159,7 +139,12 @@ class HeadInferCache(Cache):  # type: ignore[misc]
     # -- what models and generate ask ---------------------------------------------------------
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new K ``[B, Hkv, n, D]`` and V ``[B, Hkv, n, Dv]`` of a layer; return all of both.
 
@@ -286,8 +271,8 @@ class HeadInferCache(Cache):  # type: ignore[misc]
         count = -tokens_to_remove
         if count < 0 or count > self.length:
             raise CacheError(
-                f"crop({tokens_to_remove}) on {self.length} tokens: pass minus the number of tokens "
-                "to drop, at most as many as are held"
+                f"crop({tokens_to_remove}) on {self.length} tokens: pass minus the number "
+                "of tokens to drop, at most as many as are held"
             )
         self.session.crop(count)
         self.length = self.session.length
@@ -346,7 +331,9 @@ class HeadInferCache(Cache):  # type: ignore[misc]
             CacheError: Always, unless ``repeats`` is 1.
         """
         if repeats != 1:
-            raise CacheError("HeadInferCache cannot repeat batch rows: expand the prompt before prefill")
+            raise CacheError(
+                "HeadInferCache cannot repeat batch rows: expand the prompt before prefill"
+            )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some batch rows.
@@ -361,33 +348,7 @@ class HeadInferCache(Cache):  # type: ignore[misc]
 
     def stats(self) -> CacheStats:
         """Where the bytes are and what has moved since the cache was made or reset."""
-        session, counters = self.session, self.session.counters
-        geometry = session.geometry
-        blocks = session.table.blocks if geometry is not None else []
-        tiers = [block.tier for block in blocks]
-        fixed = {part: session.bytes_of(part) for part in ("slots", "staging", "tail")}
-        return CacheStats(
-            tokens=session.length,
-            kv_bytes=session.length * geometry.token_bytes if geometry is not None else 0,
-            resident_bytes=session.table.bytes_on("gpu") if blocks else 0,
-            tail_bytes=fixed["tail"],
-            host_bytes=session.table.bytes_on("host") if blocks else 0,
-            slab_bytes=session.table.slab_bytes if blocks else 0,
-            slot_bytes=fixed["slots"],
-            staging_bytes=fixed["staging"],
-            fixed_bytes=sum(fixed.values()),
-            workspace_bytes=counters.workspace_bytes,
-            h2d_bytes=counters.h2d_bytes,
-            d2h_bytes=counters.d2h_bytes,
-            cpu_bytes=counters.cpu_bytes,
-            link_utilisation=None,
-            exposed_wait_us=None,
-            op_calls=dict(counters.op_calls),
-            blocks_by_tier={tier: tiers.count(tier) for tier in sorted(set(tiers))},
-            sites_rewritten=len(counters.sites),
-            eager_updates=counters.eager_updates,
-            materialised_layers=len(counters.materialised_layers),
-        )
+        return collect_stats(self.session)
 
 
 def _auto_bytes(value: int | str, name: str) -> int | None:
@@ -415,13 +376,13 @@ def _why_eager(frame: types.FrameType | None) -> str:
         module = frame.f_locals.get("self")
         if isinstance(module, torch.nn.Module) and module._compiled_call_impl is not None:
             return (
-                "the model is compiled, and HeadInferCache.update still ran eagerly: Dynamo gave up "
-                "on this call and attention runs on materialised K and V. Run with "
+                "the model is compiled, and HeadInferCache.update still ran eagerly: Dynamo gave "
+                "up on this call and attention runs on materialised K and V. Run with "
                 "TORCH_LOGS=recompiles,graph_breaks to see why"
             )
         frame = frame.f_back
     return (
-        "HeadInferCache is used by a model that is not compiled: every layer gets materialised K and "
-        "V, which is exact and slow. Call model.compile(backend='headinfer') before generate "
+        "HeadInferCache is used by a model that is not compiled: every layer gets materialised K "
+        "and V, which is exact and slow. Call model.compile(backend='headinfer') before generate "
         "(torch.compile(model).generate reaches the uncompiled module)"
     )

@@ -54,6 +54,8 @@ def explain(
 
     Example: headinfer explain meta-llama/Llama-3.1-8B --context 128K --option head_group=2
     """
+    if output is not None and not output.parent.is_dir():
+        raise OptionError(f"--output {output}: there is no such folder")
     result = report.explain(
         load_config(find_source(model, gguf)),
         context=context,
@@ -65,8 +67,5 @@ def explain(
     text = f"{json.dumps(result.to_json())}\n" if as_json else str(result)
     if output is None:
         sys.stdout.write(text)
-        return
-    try:
+    else:
         output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"--output {output}: {error.strerror}") from error

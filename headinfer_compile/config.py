@@ -113,15 +113,17 @@ class HeadInferConfig:
     """Inductor config patches for the regions."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "workspace_bytes", parse_bytes(self.workspace_bytes, "workspace_bytes"))
+        object.__setattr__(
+            self, "workspace_bytes", parse_bytes(self.workspace_bytes, "workspace_bytes")
+        )
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
         self._check_count("num_slots", self.num_slots, low=2)
         if self.prefetch_distance != "auto":
             self._check_count("prefetch_distance", self.prefetch_distance, low=1)
             if self.prefetch_distance > self.num_slots - 1:
                 raise OptionError(
-                    f"prefetch_distance={self.prefetch_distance} with num_slots={self.num_slots}: a "
-                    f"slot in use cannot be filled, so the largest is {self.num_slots - 1}"
+                    f"prefetch_distance={self.prefetch_distance} with num_slots={self.num_slots}: "
+                    f"a slot in use cannot be filled, so the largest is {self.num_slots - 1}"
                 )
         for name in ("head_group", "slot_tokens"):
             self._check_per_phase(name, getattr(self, name))
@@ -132,14 +134,14 @@ class HeadInferConfig:
             raise OptionError(f"lowering={self.lowering!r}: expected 'inductor' or 'eager'")
         if self.cpu_attention != "off":
             raise OptionError(
-                f"cpu_attention={self.cpu_attention!r}: only 'off' is built; host blocks are streamed "
-                "to the GPU"
+                f"cpu_attention={self.cpu_attention!r}: only 'off' is built; host blocks are "
+                "streamed to the GPU"
             )
         unknown = set(self.disable_passes) - set(OPTIONAL_PASSES)
         if unknown:
             raise OptionError(
-                f"disable_passes={sorted(unknown)}: only {', '.join(OPTIONAL_PASSES)} may be disabled; "
-                "the result needs the others"
+                f"disable_passes={sorted(unknown)}: only {', '.join(OPTIONAL_PASSES)} may be "
+                "disabled; the result needs the others"
             )
 
     @staticmethod
@@ -152,7 +154,9 @@ class HeadInferConfig:
             return
         if isinstance(value, Mapping):
             if set(value) != {"prefill", "decode"}:
-                raise OptionError(f"{name}={dict(value)!r}: expected the keys 'prefill' and 'decode'")
+                raise OptionError(
+                    f"{name}={dict(value)!r}: expected the keys 'prefill' and 'decode'"
+                )
             for phase, count in value.items():
                 self._check_count(f"{name}[{phase!r}]", count, low=1)
             return

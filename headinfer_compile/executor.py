@@ -75,7 +75,12 @@ class CompiledGraph:
         for site in self.sites:
             assert site.mask is not None
             spec = SiteSpec(
-                site.num_heads, site.num_kv_heads, site.head_dim, site.v_head_dim, site.scale, site.mask
+                site.num_heads,
+                site.num_kv_heads,
+                site.head_dim,
+                site.v_head_dim,
+                site.scale,
+                site.mask,
             )
             if spec not in self.specs:
                 self.specs.append(spec)
@@ -153,11 +158,14 @@ class CompiledGraph:
             raise CacheError(
                 f"the cache holds {session.length} tokens and the new tokens start at position 0 "
                 "again: transformers before 5.21 feeds the whole conversation again when "
-                "prefill_chunk_size is given on a non-empty cache. Leave prefill_chunk_size out for "
-                "this turn (queries are split anyway), or upgrade transformers. Nothing was stored"
+                "prefill_chunk_size is given on a non-empty cache. Leave prefill_chunk_size out "
+                "for this turn (queries are split anyway), or upgrade transformers. "
+                "Nothing was stored"
             )
 
-    def start(self, session: Session, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> Step:
+    def start(
+        self, session: Session, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int
+    ) -> Step:
         """Begin the step of this call at its first site."""
         return session.start(k, v, past, _ACTIVATIONS_PER_QUERY_BYTE * q.nbytes)
 
@@ -221,7 +229,9 @@ class CompiledGraph:
         k: torch.Tensor, v: torch.Tensor, masks: Sequence[torch.Tensor],
     ) -> None:  # fmt: skip
         """Make the ring hold what the schedule expects, reusing what is in flight if it matches."""
-        expected = session.transfer_tags(layer, plan.schedule.key.transfers()[: plan.schedule.entry])
+        expected = session.transfer_tags(
+            layer, plan.schedule.key.transfers()[: plan.schedule.entry]
+        )
         if session.in_flight == expected:
             return
         if session.in_flight:

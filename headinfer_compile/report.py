@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from headinfer_compile.backend import compile_graph
@@ -120,6 +120,20 @@ class _PlannedGraph(_RecordedGraph):
         self._note(index, session)
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
+    def forward(self, *args: Any) -> Any:
+        return _MetaInterpreter(self.graph_module).run(*args)
+
+
+class _MetaInterpreter(Interpreter):
+    """Begins the step at a cache update too: no site does where none could be rewritten."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in (torch.ops.headinfer.update_kv, torch.ops.headinfer.update_kv.default):
+            handle, k, v, _, past = args
+            if session_of(handle).step is None:
+                session_of(handle).start(k, v, past, 0)
+        return super().call_function(target, args, kwargs)
+
 
 class _Recorder:
     """A Dynamo backend that keeps every graph it compiles."""
@@ -217,6 +231,8 @@ def _explain_context(
             new = min(chunk, context - start) if start < context else 1
             if start not in names:
                 cache.session.begin(start, new)
+                for spec in range(len(cache.session.specs)):
+                    cache.session.query_chunks(spec)  # counts its workspace
                 cache.session.commit()
                 cache.length = start + new
                 continue

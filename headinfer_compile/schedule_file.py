@@ -27,5 +27,6 @@ def load_schedule(path: str | os.PathLike[str]) -> Schedule:
         OSError: The file cannot be read.
     """
     start = time.perf_counter()
-    graph_module, key = parse_schedule(Path(path).read_text(encoding="utf-8"), os.fspath(path))
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    graph_module, key = parse_schedule(text, os.fspath(path))
     return finish_schedule(graph_module, PlanContext(key, HeadInferConfig()), start)

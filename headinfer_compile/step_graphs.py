@@ -51,7 +51,7 @@ class StepGraphs:
         if mask is not None and session.learn_padding(mask):
             return self._owner.forward(*args)
         tables = session.sync_paged(mask)
-        state = (tables.version, len(session.table.blocks))
+        state = (session.generation, tables.version, len(session.table.blocks))
         held = self._captured.get(session)
         if held is None or held[0] != state or not held[1].matches(args):
             seen, count = self._seen.get(session, (None, 0))
@@ -71,7 +71,7 @@ class StepGraphs:
         return tuple(outputs)
 
     def _past(self, args: Sequence[Any]) -> int | None:
-        """The past length of this call, or None (with the reason logged once) if it has no graph."""
+        """The past length of this call, or None if it has no graph; says why once."""
         if self._reason is None:
             self._reason = self._analyse()
             if self._reason:

@@ -6,9 +6,12 @@ Given::
 
 Result, with one query chunk, a tail and one KV block::
 
-    n = span_kv(k, v, 0, 0, NEW);   a = headinfer.attend(handle, q, n[0], n[1], masks, spec, 0, 0, NEW, True)
-    t = span_kv(k, v, 0, 0, TAIL);  a1 = headinfer.attend_merge(handle, a[0], a[1], q, t[0], t[1], ...)
-    b = span_kv(k, v, 0, 0, 0);     a2 = headinfer.attend_merge(handle, a1[0], a1[1], q, b[0], b[1], ...)
+    n = span_kv(k, v, 0, 0, NEW)
+    a = headinfer.attend(handle, q, n[0], n[1], masks, spec, 0, 0, NEW, True)
+    t = span_kv(k, v, 0, 0, TAIL)
+    a1 = headinfer.attend_merge(handle, a[0], a[1], q, t[0], t[1], ...)
+    b = span_kv(k, v, 0, 0, 0)
+    a2 = headinfer.attend_merge(handle, a1[0], a1[1], q, b[0], b[1], ...)
     g0 = headinfer.store(handle, out, a2[0], spec, 0, 0)
 
 In one-query decode on CUDA one kernel attends the tail and all resident blocks (span ``RESIDENT``).

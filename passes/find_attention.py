@@ -55,8 +55,7 @@ def _is_update(node: object) -> bool:
     return (
         isinstance(node, Node)
         and node.op == "call_function"
-        and node.target
-        in (torch.ops.headinfer.update_kv, torch.ops.headinfer.update_kv.default)
+        and node.target in (torch.ops.headinfer.update_kv, torch.ops.headinfer.update_kv.default)
     )
 
 
@@ -142,7 +141,7 @@ class _Sdpa(_Attention):
 
 
 class _FlashAttn(_Attention):
-    """``torch.ops.flash_attn._flash_attn_forward``: ``[B, n, H, D]`` in, ``(out, lse, ...)`` out."""
+    """``flash_attn._flash_attn_forward``: ``[B, n, H, D]`` in, ``(out, lse, ...)`` out."""
 
     def __init__(self, node: Node) -> None:
         super().__init__(node)
@@ -150,7 +149,11 @@ class _FlashAttn(_Attention):
         named: dict[str, Argument] = {a.name: a.default_value for a in schema.arguments}
         named.update(zip(named, node.args, strict=False))
         named.update(node.kwargs)
-        if named["dropout_p"] != 0.0 or named["softcap"] != 0.0 or named["alibi_slopes"] is not None:
+        if (
+            named["dropout_p"] != 0.0
+            or named["softcap"] != 0.0
+            or named["alibi_slopes"] is not None
+        ):
             raise _Unsupported("dropout, soft cap or ALiBi slopes are given")
         if (named["window_size_left"], named["window_size_right"]) != (-1, -1):
             raise _Unsupported("a window is given")
@@ -188,7 +191,9 @@ def _rewrite(gm: GraphModule, ctx: PassContext, found: _Sdpa | _FlashAttn) -> No
     kv_heads = _static(k_value.shape[1], "the number of KV heads")
     head_dim = _static(q_value.shape[3], "head_dim")
     if heads % kv_heads or k_value.shape[3] != head_dim:
-        raise _Unsupported(f"{heads} query heads of {head_dim} do not group over {kv_heads} KV heads")
+        raise _Unsupported(
+            f"{heads} query heads of {head_dim} do not group over {kv_heads} KV heads"
+        )
     scale = head_dim**-0.5 if found.scale is None else found.scale
     if not isinstance(scale, (int, float)):
         raise _Unsupported("its scale is not a constant")
@@ -239,10 +244,9 @@ def _readers(update: Node) -> list[Node]:
     readers, stack = [], list(update.users)
     while stack:
         user = stack.pop()
-        passes_on = (
-            user.target is operator.getitem
-            or (user.op == "call_method"
-            and user.target in ("expand", "reshape", "view", "transpose", *_SAME_VALUES))
+        passes_on = user.target is operator.getitem or (
+            user.op == "call_method"
+            and user.target in ("expand", "reshape", "view", "transpose", *_SAME_VALUES)
         )
         if passes_on:
             stack.extend(user.users)
@@ -268,7 +272,7 @@ def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
 def _erase_dead_updates(gm: GraphModule) -> None:
     """Remove the updates whose attention now holds them, with the views between."""
     for update in [node for node in gm.graph.nodes if _is_update(node)]:
-        between = [node for node in _views_of(update)]
+        between = _views_of(update)
         if all(set(node.users) <= set(between) for node in between) and not _readers(update):
             for node in reversed(between):
                 gm.graph.erase_node(node)

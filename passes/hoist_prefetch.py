@@ -2,8 +2,8 @@
 
 Given, transfers 0 and 1 of a site with two slots::
 
-    x0 = prefetch(..., base, 0, r0);  w0 = wait(x0);  a0 = attend_merge(.., w0);  f0 = release(x0, a0)
-    x1 = prefetch(..., base, 1, r1);  w1 = wait(x1);  a1 = attend_merge(.., w1);  f1 = release(x1, a1)
+    x0 = prefetch(.., base, 0, r0); w0 = wait(x0); a0 = attend_merge(.., w0); f0 = release(x0, a0)
+    x1 = prefetch(.., base, 1, r1); w1 = wait(x1); a1 = attend_merge(.., w1); f1 = release(x1, a1)
     return out, f0, f1
 
 Result, with distance 1 (the next site's transfer 0 is ``y``)::
@@ -78,9 +78,9 @@ def prologue(gm: GraphModule, ctx: PlanContext) -> GraphModule:
     inputs = {name: graph.placeholder(name) for name in FIXED_INPUTS}
     ring = [graph.placeholder(f"r{i}") for i in range(key.num_slots)]
     for index, (spec, group, block) in enumerate(key.transfers()[: key.entry]):
-        args = (
-            inputs["handle"], inputs["layer"], spec, group, block, inputs["base"], index, ring[index]
-        )  # fmt: skip
-        ring[index] = graph.call_function(torch.ops.headinfer.prefetch.default, args)
+        where = (inputs["layer"], spec, group, block, inputs["base"], index, ring[index])
+        ring[index] = graph.call_function(
+            torch.ops.headinfer.prefetch.default, (inputs["handle"], *where)
+        )
     graph.output((None, *ring))
     return gm

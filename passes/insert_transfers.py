@@ -1,4 +1,4 @@
-"""Give every span its K and V: pack and offload of new rows, prefetch / wait / release of host blocks.
+"""Give every span its K and V: pack and offload, prefetch / wait / release of host blocks.
 
 Given::
 
@@ -135,9 +135,7 @@ def _insert_transfer(
     (attend,) = list(k_item.users)
     acc = next(user for user in attend.users if user.args[1] == 0)
     with graph.inserting_after(acc):
-        release = graph.call_function(
-            torch.ops.headinfer.release.default, (handle, prefetch, acc)
-        )
+        release = graph.call_function(torch.ops.headinfer.release.default, (handle, prefetch, acc))
         release.meta[META] = info
     slot_tokens.append(release)
     return wait

@@ -71,7 +71,11 @@ PLAN_PASSES = (
 )
 
 #: The names in the order they run; ``verify`` proves what the others made, ``lower`` compiles it.
-PIPELINE = (*(p.__name__.rsplit(".", 1)[1] for p, _ in (*GRAPH_PASSES, *PLAN_PASSES)), "verify", "lower")
+PIPELINE = (
+    *(p.__name__.rsplit(".", 1)[1] for p, _ in (*GRAPH_PASSES, *PLAN_PASSES)),
+    "verify",
+    "lower",
+)
 
 
 class Dump:
@@ -99,7 +103,10 @@ class Dump:
             self._count = max((int(match[1]) + 1 for match in found if match), default=0)
         trace_structured(
             "artifact",
-            metadata_fn=lambda: {"name": f"headinfer_{self._count:03d}_{name}", "encoding": "string"},
+            metadata_fn=lambda: {
+                "name": f"headinfer_{self._count:03d}_{name}",
+                "encoding": "string",
+            },
             payload_fn=lambda: text,
         )
         if self._folder is not None:
@@ -137,7 +144,9 @@ def _run(
         header = f"# after {name}: {seconds * 1e3:.1f} ms, {len(gm.graph.nodes)} nodes\n"
         text = header + text_of(gm)
         dump.write(name, text)
-    log.debug("%s: %d -> %d nodes in %.1f ms", name, nodes_before, len(gm.graph.nodes), seconds * 1e3)
+    log.debug(
+        "%s: %d -> %d nodes in %.1f ms", name, nodes_before, len(gm.graph.nodes), seconds * 1e3
+    )
     return gm, PassReport(name, seconds, nodes_before, len(gm.graph.nodes), changed, text), after
 
 

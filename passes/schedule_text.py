@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from headinfer_compile.errors import ScheduleError
 from headinfer_compile.passes.schedule import PieceKind, PlanKey
-from headinfer_compile.runtime.ops import OPS, STREAMS
+from headinfer_compile.runtime.ops import NAMESPACE, OPS, STREAMS
 
 _KEY = "# key: "
 
@@ -75,6 +75,8 @@ def parse_schedule(text: str, path: str) -> tuple[GraphModule, PlanKey]:
         tree = ast.parse(text)
     except SyntaxError as error:
         raise ScheduleError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except ValueError as error:
+        raise ScheduleError(f"{path}: {error}") from error
     functions = [item for item in tree.body if isinstance(item, ast.FunctionDef)]
     if len(functions) != 1 or len(tree.body) != 1:
         raise ScheduleError(f"{path}: expected exactly one function, found {len(tree.body)} items")
@@ -89,19 +91,25 @@ def parse_schedule(text: str, path: str) -> tuple[GraphModule, PlanKey]:
 def _parse_key(text: str, path: str) -> PlanKey:
     lines = [line for line in text.splitlines() if line.startswith(_KEY)]
     if len(lines) != 1:
-        raise ScheduleError(f"{path}: expected one line '{_KEY}...' that says what it was built for")
+        raise ScheduleError(
+            f"{path}: expected one line '{_KEY}...' that says what it was built for"
+        )
     try:
         values = json.loads(lines[0].removeprefix(_KEY))
         values["pieces"] = tuple(PieceKind(**piece) for piece in values["pieces"])
         values["next_transfers"] = tuple(tuple(item) for item in values["next_transfers"])
-        return PlanKey(**values)
+        key = PlanKey(**values)
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ScheduleError(f"{path}: the key line is damaged: {error}") from error
+    kinds = {"int": int, "bool": bool, "str": str}
+    for field in dataclasses.fields(PlanKey):
+        value = getattr(key, field.name)
+        if type(value) is not kinds.get(str(field.type), tuple):
+            raise ScheduleError(f"{path}: the key line is damaged: {field.name} is {value!r}")
+    return key
 
 
-def _parse_statement(
-    graph: Graph, names: dict[str, Node], statement: ast.stmt, path: str
-) -> None:
+def _parse_statement(graph: Graph, names: dict[str, Node], statement: ast.stmt, path: str) -> None:
     where = f"{path}, line {statement.lineno}"
 
     def value_of(item: ast.expr) -> Any:
@@ -126,13 +134,19 @@ def _parse_statement(
         and len(statement.targets) == 1
         and isinstance(statement.targets[0], ast.Name)
     ):
-        raise ScheduleError(f"{where}: expected 'name = headinfer.op(...)', 'name = x[0]' or a return")
+        raise ScheduleError(
+            f"{where}: expected 'name = headinfer.op(...)', 'name = x[0]' or a return"
+        )
     name, value = statement.targets[0].id, statement.value
+    if name == NAMESPACE:
+        raise ScheduleError(f"{where}: {NAMESPACE!r} is the name of the operators")
     if isinstance(value, ast.Subscript):
         args = (value_of(value.value), value_of(value.slice))
         names[name] = graph.create_node("call_function", operator.getitem, args, name=name)
         return
-    opname = ast.unparse(value.func).removeprefix("headinfer.") if isinstance(value, ast.Call) else ""
+    opname = (
+        ast.unparse(value.func).removeprefix("headinfer.") if isinstance(value, ast.Call) else ""
+    )
     if not isinstance(value, ast.Call) or opname not in OPS or value.keywords:
         raise ScheduleError(
             f"{where}: {ast.unparse(value)!r} is no call of one of {', '.join(OPS)} by position"

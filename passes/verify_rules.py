@@ -296,9 +296,7 @@ def _extend(state: State, node: Node, group: int, chunk: int, span: int) -> None
     state.attended[group, chunk, span] += 1
 
 
-def _read_view(
-    state: State, node: Node, pair: tuple[Any, Any], group: int, span: int
-) -> None:
+def _read_view(state: State, node: Node, pair: tuple[Any, Any], group: int, span: int) -> None:
     source = state.item(pair[0], 0)
     if source not in state.views or state.item(pair[1], 1) is not source:
         raise not_proved(

@@ -72,7 +72,7 @@ def copy_kv(
 
 def _pitch(k: torch.Tensor, v: torch.Tensor) -> int | None:
     """Bytes between successive runs of ``rows * D`` when all runs are evenly spaced, else None."""
-    heads, batch, rows, dim = k.shape
+    heads, batch = k.shape[:2]
     if v.shape != k.shape:
         return None
     item = k.element_size()

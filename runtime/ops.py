@@ -4,7 +4,7 @@
 |---|---|---|---|
 | update_kv | compute | - | what Dynamo captures; alone it returns the full exact K and V |
 | attention | - | - | a site in the model graph; the passes replace it by a schedule |
-| pack | compute | D2H of the staging slot's last use | new K/V into the tail, staging or resident pages |
+| pack | compute | D2H of the staging slot's last use | new K/V into tail, staging, resident pages |
 | tail | compute | - | views of the newest tokens |
 | offload | d2h | pack | writes page rows |
 | resident | compute | - | views of a KV block on the GPU |
@@ -104,7 +104,11 @@ OPS: dict[str, _Op] = {
         transfer_ops.prefetch,
     ),
     "wait": ("(Tensor handle, int transfer) -> (Tensor, Tensor)", "compute", transfer_ops.wait),
-    "release": ("(Tensor handle, int transfer, Tensor last) -> int", "compute", transfer_ops.release),
+    "release": (
+        "(Tensor handle, int transfer, Tensor last) -> int",
+        "compute",
+        transfer_ops.release,
+    ),
     "drop": ("(Tensor handle, int transfer) -> int", "compute", transfer_ops.drop),
     "output": ("(Tensor handle, Tensor q, int spec) -> Tensor", "compute", block_ops.output),
     "attend": (

@@ -138,7 +138,7 @@ class BlockTable:
         """Make blocks until there are pages for ``tokens`` tokens.
 
         Raises:
-            DoesNotFitError: The budget or the machine does not hold them; what was stored is intact.
+            DoesNotFitError: Budget or machine do not hold them; what was stored is intact.
         """
         for count, tier in self.plan(tokens):
             self._append(count, tier)

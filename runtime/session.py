@@ -21,7 +21,6 @@ from headinfer_compile.runtime.attention import AttentionRequest, Kernel
 from headinfer_compile.runtime.paged import PagedTables, is_supported
 from headinfer_compile.runtime.slots import NEVER_USED
 from headinfer_compile.runtime.spec import SiteSpec
-from headinfer_compile.runtime.store import SessionOptions, Store
 from headinfer_compile.runtime.step import (
     DECODE_MAX_QUERIES,
     KVBlock,
@@ -32,8 +31,10 @@ from headinfer_compile.runtime.step import (
     padding_masks_anything,
     split_rows,
 )
+from headinfer_compile.runtime.store import SessionOptions, Store
 
 log = logging.getLogger(__name__)
+
 
 @dataclass
 class Counters:
@@ -82,7 +83,7 @@ class Session(Store):
         self._known_columns = 0
         self._column_padded = False
         self.around_call: Callable[[], AbstractContextManager[object]] = nullcontext
-        """Entered for each compiled call; this and ``make_streams`` are where a simulator plugs in."""
+        """Entered for each compiled call; a simulator plugs in here and in ``make_streams``."""
 
     def claim(self, parameters: frozenset[int]) -> None:
         """Tie the cache to the model whose parameters have these ids.
@@ -111,6 +112,10 @@ class Session(Store):
 
     def start(self, k: torch.Tensor, v: torch.Tensor, past: int, activation_bytes: int) -> Step:
         """Bind the geometry and begin a step; raises as ``bind`` and ``begin``."""
+        if self.geometry not in (None, self.geometry_of(k, v)) and self.length == 0:
+            # Nothing is held, so another batch or dtype may take the cache over.
+            self.drain()
+            self.free()
         self.bind(k, v, activation_bytes)
         return self.begin(past, k.shape[2])
 
@@ -199,7 +204,11 @@ class Session(Store):
             item = geometry.dtype.itemsize
             # An fp32 accumulator, the kernel's own output and two LSE rows for each query.
             per_query = heads * (spec.v_head_dim * (4 + item) + 8)
-            if spec.mask.window is not None or spec.mask.expr is not None or any(step.padding.values()):
+            if (
+                spec.mask.window is not None
+                or spec.mask.expr is not None
+                or any(step.padding.values())
+            ):
                 # A block mask and the bias that kernels make of it.
                 per_query += geometry.batch * max(layout.slot_tokens, step.new) * (1 + item)
             limit = max(16, int(self.config.workspace_bytes) // per_query // 16 * 16)
@@ -237,7 +246,7 @@ class Session(Store):
         return form.window is None and form.expr is None and all_heads
 
     def sync_paged(self, mask: torch.Tensor | None) -> PagedTables:
-        """Fill the tables for the current step; ``mask`` is the ``[B, kv]`` padding mask, if any."""
+        """Fill the tables for the step; ``mask`` is the ``[B, kv]`` padding mask, if any."""
         step = self.step
         assert step is not None
         blocks = []
@@ -302,5 +311,7 @@ class Session(Store):
 
     def close(self) -> None:
         """Wait for the copies in flight and give all memory back."""
-        self.free()
+        if not self.closed:
+            self.closed = True
+            self.free()
         self.length = self.tail_rows = 0

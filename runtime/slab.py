@@ -59,7 +59,9 @@ class HostSlab:
         step = -(-self.nbytes // workers)
         with ThreadPoolExecutor(workers) as pool:
             # ctypes releases the GIL, so the pages are faulted in by all threads at once.
-            spans = [(start + at, min(step, self.nbytes - at)) for at in range(0, self.nbytes, step)]
+            spans = [
+                (start + at, min(step, self.nbytes - at)) for at in range(0, self.nbytes, step)
+            ]
             list(pool.map(lambda span: ctypes.memset(span[0], 0, span[1]), spans))
 
     def _register(self, unit_bytes: int) -> None:

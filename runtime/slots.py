@@ -37,7 +37,9 @@ class Slot:
 class SlotRing:
     """``num_slots`` buffers of ``slot_bytes`` bytes."""
 
-    def __init__(self, geometry: Geometry, num_slots: int, slot_bytes: int, streams: Streams) -> None:
+    def __init__(
+        self, geometry: Geometry, num_slots: int, slot_bytes: int, streams: Streams
+    ) -> None:
         self.geometry = geometry
         self.slot_bytes = slot_bytes
         with torch.inference_mode(False):
@@ -52,7 +54,7 @@ class SlotRing:
         self._views: dict[tuple[int, int, int], Views] = {}
 
     def acquire(self, index: int, after: int, tag: tuple[object, ...]) -> tuple[int, Slot]:
-        """Claim slot ``index`` for a new transfer whose predecessor there was released as ``after``.
+        """Claim slot ``index`` for a new transfer; the one before was released as ``after``.
 
         Raises:
             ScheduleError: The slot holds another transfer, or one that is still being read.

@@ -55,6 +55,8 @@ class Store:
         self.reserved = 0
         """Tokens announced by ``check_room``; their slabs are made in the background."""
         self.geometry: Geometry | None = None
+        self.generation = 0
+        """How often the memory was given back: captured addresses hold within one generation."""
         self.make_streams: Callable[[torch.device], Streams] = Streams
         self.streams: Streams
         self.table: BlockTable
@@ -73,9 +75,7 @@ class Store:
         """
         if self.closed:
             raise ClosedError("this HeadInferCache was closed and holds nothing: make a new one")
-        found = Geometry(
-            self.num_layers, k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device
-        )
+        found = self.geometry_of(k, v)
         if self.geometry is None:
             self.regular_chunk = k.shape[2]
             self._allocate(found, activation_bytes)
@@ -83,6 +83,12 @@ class Store:
             self._explain_mismatch(found)
         assert self.geometry is not None
         return self.geometry
+
+    def geometry_of(self, k: torch.Tensor, v: torch.Tensor) -> Geometry:
+        """The geometry that K ``[B, Hkv, n, D]`` and V ``[B, Hkv, n, Dv]`` need."""
+        return Geometry(
+            self.num_layers, k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device
+        )
 
     def _explain_mismatch(self, found: Geometry) -> None:
         held = self.geometry
@@ -99,7 +105,8 @@ class Store:
             if getattr(held, name) != getattr(found, name):
                 raise CacheError(
                     f"the cache holds K and V with {name}={getattr(held, name)}, and K "
-                    f"and V came with {name}={getattr(found, name)}: {cause}. What is stored is intact"
+                    f"and V came with {name}={getattr(found, name)}: {cause}. "
+                    "What is stored is intact"
                 )
 
     def _allocate(self, geometry: Geometry, activation_bytes: int) -> None:
@@ -128,9 +135,9 @@ class Store:
             self.tail = Tail(geometry, tail_tokens, self.streams)
         except torch.OutOfMemoryError as error:
             raise DoesNotFitError(
-                f"the GPU has no room for the fixed buffers: {format_bytes(fixed)} of slots, staging "
-                f"and tail, beside {format_bytes(workspace)} of workspace. Lower tail_tokens, "
-                "page_tokens or num_slots, or free GPU memory"
+                f"the GPU has no room for the fixed buffers: {format_bytes(fixed)} of slots, "
+                f"staging and tail, beside {format_bytes(workspace)} of workspace. Lower "
+                "tail_tokens, page_tokens or num_slots, or free GPU memory"
             ) from error
         self._written = [
             self.streams.new_event("pages.written") for _ in range(geometry.num_layers)
@@ -210,15 +217,15 @@ class Store:
         """Refuse to put all K and V of one layer on the GPU where the budget forbids it.
 
         Raises:
-            DoesNotFitError: ``tokens`` tokens of one layer exceed ``gpu_budget``, which the user set.
+            DoesNotFitError: ``tokens`` tokens of one layer exceed the ``gpu_budget`` given.
         """
         assert self.geometry is not None
         needed, budget = tokens * self.geometry.layer_token_bytes, self.options.gpu_budget
         if self.geometry.device.type == "cuda" and budget is not None and needed > budget:
             raise DoesNotFitError(
-                f"all K and V of one layer take {format_bytes(needed)} on the GPU and gpu_budget is "
-                f"{format_bytes(budget)}: compile the model with model.compile(backend='headinfer'), "
-                "so that attention runs block by block, or raise gpu_budget. What is stored is intact"
+                f"all K and V of one layer take {format_bytes(needed)} on the GPU and gpu_budget "
+                f"is {format_bytes(budget)}: call model.compile(backend='headinfer'), so that "
+                "attention runs block by block, or raise gpu_budget. What is stored is intact"
             )
 
     def paged_tables(self) -> PagedTables:
@@ -233,15 +240,13 @@ class Store:
         return self._written[layer]
 
     def free(self) -> None:
-        """Wait for the copies in flight and give all memory back."""
-        if self.closed:
-            return
-        self.closed = True
+        """Wait for the copies in flight and give all memory back; ``bind`` may follow."""
         if self.geometry is not None:
             self.streams.drain()
             self.table.close()
             del self.tail
         self.slots = self.staging = self.geometry = self._paged = None
+        self.generation += 1
 
     def bytes_of(self, part: Literal["slots", "staging", "tail"]) -> int:
         """Device bytes of a fixed buffer."""

@@ -98,7 +98,7 @@ def offload(session: Session, layer: int, packed: int) -> int:
 
 
 def tail(session: Session, layer: int, packed: int) -> Views:
-    """K and V ``[B, Hkv, rows, D]`` of the tail: with the new row in one-token decode, else before."""
+    """K and V ``[B, Hkv, rows, D]`` of the tail; the new row is among them if it is alone."""
     step = session.step
     assert step is not None
     rows = step.tail_rows + (1 if packed == APPEND and step.new == 1 else 0)
@@ -121,7 +121,14 @@ def resident(session: Session, layer: int, spec: int, group: int, block: int, pa
 
 
 def prefetch(
-    session: Session, layer: int, spec: int, group: int, block: int, base: int, slot: int, after: int
+    session: Session,
+    layer: int,
+    spec: int,
+    group: int,
+    block: int,
+    base: int,
+    slot: int,
+    after: int,
 ) -> int:
     """Start filling slot ``(base + slot) % num_slots``; returns the transfer."""
     kv_block = session.kv_blocks(session.specs[spec])[block]

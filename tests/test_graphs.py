@@ -73,58 +73,64 @@ def assert_regions(m: CompiledModel) -> None:
 
 def test_chunked_generate_compiles_once(seed: int) -> None:
     m = CompiledModel(tiny_llama(seed))
-    check(m, seed, 161, 70)
+    check(m, seed, 65, 30)
     assert dynamo_graphs() <= 3
-    check(m, seed + 1, 141, 70)
+    check(m, seed + 1, 61, 30)
     assert dynamo_graphs() <= 4, "a last chunk of one token takes one graph more"
-    check(m, seed + 2, 161, None)
+    check(m, seed + 2, 65, None)
     compiled = dynamo_graphs()
     assert compiled <= 5, "a prompt in one piece takes one graph more"
 
-    for number, tokens in enumerate((71, 80, 100, 139, 140, 33, 210, 333)):
-        check(m, seed + number, tokens, 70)
+    for number, tokens in enumerate((31, 45, 60, 91, 33, 80, 121, 170)):
+        check(m, seed + number, tokens, 30)
         assert dynamo_graphs() == compiled, f"a prompt of {tokens} tokens compiled again"
-    for chunk in (90, 16, None):
-        tokens = check(m, seed, 161, chunk)
+    for chunk in (40, 16, None):
+        tokens = check(m, seed, 65, chunk)
         assert dynamo_graphs() == compiled, f"chunks of {chunk} tokens compiled again"
-        mask = {"attention_mask": torch.ones(1, 161, dtype=torch.int64)}
-        assert torch.equal(check(m, seed, 161, chunk, **mask), tokens)
+        mask = {"attention_mask": torch.ones(1, 65, dtype=torch.int64)}
+        assert torch.equal(check(m, seed, 65, chunk, **mask), tokens)
         assert dynamo_graphs() == compiled, "a mask of ones compiled again"
     assert len(m.graphs) == compiled
     assert_regions(m)
 
 
 def test_turns_and_growth_compile_nothing(seed: int) -> None:
-    """The second turn, a context over many pages and plans, and a padding mask of ones."""
+    """Later turns, and a context that grows over many pages and plans, on another cache."""
     m = CompiledModel(tiny_llama(seed))
-    check(m, seed, 141, 70)
-    check(m, seed, 161, None)
+    check(m, seed, 61, 30)
+    ids, oracle = m.prompt(seed, 65, NEW)
+    cache = m.cache()
+    assert_same(generate(m.model, ids, cache, NEW), oracle)
+    ids, oracle = m.prompt(seed, 20, NEW, after=oracle.tokens)
+    assert_same(generate(m.model, ids, cache, NEW), oracle)
+    # First and later chunk, a chunk of one token, decode; a prompt or a turn in one piece.
     compiled = dynamo_graphs()
-    ids, oracle = m.prompt(seed, 100, NEW)
+    assert compiled <= 5
+
     cache = m.cache(gpu_budget=48 * m.token_bytes)
-    run = generate(m.model, ids, cache, NEW, prefill_chunk_size=40)
-    assert_same(run, oracle)
-    chunk = {"prefill_chunk_size": 50} if CHUNKED_TURNS else {}
-    for turn in range(3):
-        ids, oracle = m.prompt(seed + turn, 60 + turn, NEW, after=run.tokens)
-        run = generate(m.model, ids, cache, NEW, **chunk)
-        assert_same(run, oracle)
-    ids, oracle = m.prompt(seed, 30, 40, after=run.tokens)
+    ids, oracle = m.prompt(seed, 70, NEW)
+    assert_same(generate(m.model, ids, cache, NEW, prefill_chunk_size=20), oracle)
+    chunk = {"prefill_chunk_size": 25} if CHUNKED_TURNS else {}
+    for turn, options in enumerate((chunk, {}, chunk)):
+        ids, oracle = m.prompt(seed + turn, 40 + turn, NEW, after=oracle.tokens)
+        assert_same(generate(m.model, ids, cache, NEW, **options), oracle)
+        assert dynamo_graphs() == compiled, f"turn {turn} compiled again"
+    ids, oracle = m.prompt(seed, 30, 40, after=oracle.tokens)
     assert_same(generate(m.model, ids, cache, 40), oracle)
     stats = m.assert_streamed(cache)
     assert stats.blocks_by_tier["gpu"] == 3
-    assert stats.blocks_by_tier["host"] > 15
+    assert stats.blocks_by_tier["host"] > 10
+    assert sum(len(graph.schedules) for graph in m.graphs) > 10
     assert dynamo_graphs() == compiled
-    assert all(len(graph.schedules) > 1 for graph in m.graphs[1:])
 
 
 def test_a_mask_of_ones_runs_the_causal_kernels(seed: int) -> None:
     """Direct calls with a mask: its form holds padding, and the fact is that there is none."""
     m = CompiledModel(tiny_llama(seed))
     for batch in (2, 1):
-        ids = random_ids(seed, 150, batch)
+        ids = random_ids(seed, 62, batch)
         cache, resident = m.cache(), m.resident_cache()
-        for start, stop in ((0, 70), (70, 140), (140, 141), (141, 142)):
+        for start, stop in ((0, 30), (30, 60), (60, 61), (61, 62)):
             mask = torch.ones(batch, stop, dtype=torch.int64)
             part = ids[:, start:stop]
             got = m.forward(part, cache, 70, attention_mask=mask)
@@ -139,13 +145,13 @@ def test_a_mask_of_ones_runs_the_causal_kernels(seed: int) -> None:
 def test_batch(seed: int) -> None:
     """One set of graphs serves every batch size from 2 on."""
     m = CompiledModel(tiny_llama(seed))
-    check(m, seed, 161, 70, batch=2)
+    check(m, seed, 65, 30, batch=2)
     assert dynamo_graphs() <= 3
-    check(m, seed, 141, 70, batch=2)
-    check(m, seed, 161, None, batch=2)
+    check(m, seed, 61, 30, batch=2)
+    check(m, seed, 65, None, batch=2)
     compiled = dynamo_graphs()
     assert compiled <= 5
-    for batch, tokens, chunk in ((2, 200, 90), (3, 161, 70), (5, 141, 70), (4, 77, None)):
+    for batch, tokens, chunk in ((2, 90, 40), (3, 65, 30), (5, 61, 30), (4, 37, None)):
         check(m, seed, tokens, chunk, batch=batch)
         assert dynamo_graphs() == compiled
     assert_regions(m)
@@ -160,13 +166,13 @@ def test_padding(seed: int) -> None:
             mask[row, :count] = 0
         check(m, seed, tokens, chunk, batch=len(padding), attention_mask=mask)
 
-    padded(161, 70, 100, 3)
+    padded(65, 30, 40, 3)
     assert dynamo_graphs() <= 3
-    padded(141, 70, 0, 80)
-    padded(161, None, 17, 0)
+    padded(61, 30, 0, 31)
+    padded(65, None, 17, 0)
     compiled = dynamo_graphs()
     assert compiled <= 5
-    padded(210, 80, 3, 150, 0)
+    padded(90, 40, 3, 85, 0)
     assert dynamo_graphs() == compiled
     assert_regions(m)
     forms = {site.mask.padding for graph in m.graphs for site in graph.report.sites if site.mask}
@@ -175,18 +181,18 @@ def test_padding(seed: int) -> None:
 
 def test_windows(seed: int) -> None:
     """Below its window a model emits no band, so prompts on both sides of it have graphs each."""
-    window = 40
+    window = 20
     m = CompiledModel(tiny_mistral(seed, window))
-    check(m, seed, 161, 70)
+    check(m, seed, 65, 30)
     assert dynamo_graphs() <= 3
-    check(m, seed, 141, 70)
-    check(m, seed, 161, None)
-    check(m, seed, 30, 12)
-    check(m, seed, 30, None)
-    check(m, seed, 45, 11)
+    check(m, seed, 61, 30)
+    check(m, seed, 65, None)
+    check(m, seed, 13, 6)
+    check(m, seed, 13, None)
+    check(m, seed, 23, 6)
     compiled = dynamo_graphs()
     assert compiled <= 9
-    for tokens, chunk in ((200, 70), (333, 90), (20, 8), (100, 30), (70, None), (25, None)):
+    for tokens, chunk in ((90, 40), (170, 30), (15, 7), (50, 10), (40, None), (11, None)):
         check(m, seed, tokens, chunk)
         assert dynamo_graphs() == compiled, f"{tokens} tokens in chunks of {chunk}"
     assert_regions(m)
@@ -212,23 +218,22 @@ def test_inference_mode(seed: int) -> None:
     """Another set of the same size as without it, and caches go from one to the other."""
     m = CompiledModel(tiny_llama(seed))
     with torch.inference_mode():
-        check(m, seed, 161, 70)
+        check(m, seed, 65, 30)
     assert dynamo_graphs() <= 3
-    check(m, seed, 161, 70)
-    compiled = dynamo_graphs()
-    assert compiled <= 6
-    ids, oracle = m.prompt(seed, 100, NEW)
+    check(m, seed, 65, 30)
+    assert dynamo_graphs() <= 6
+    ids, oracle = m.prompt(seed, 50, NEW)
     cache = m.cache()
     with torch.inference_mode():
-        run = generate(m.model, ids, cache, NEW, prefill_chunk_size=60)
+        run = generate(m.model, ids, cache, NEW, prefill_chunk_size=35)
     assert_same(run, oracle)
-    ids, oracle = m.prompt(seed, 50, NEW, after=run.tokens.clone())
+    ids, oracle = m.prompt(seed, 20, NEW, after=run.tokens.clone())
     assert_same(generate(m.model, ids, cache, NEW), oracle)
     with torch.inference_mode():
-        ids, oracle = m.prompt(seed, 90, NEW, after=oracle.tokens)
+        ids, oracle = m.prompt(seed, 30, NEW, after=oracle.tokens)
         assert_same(generate(m.model, ids, cache, NEW), oracle)
     m.assert_streamed(cache)
-    assert dynamo_graphs() == compiled
+    assert dynamo_graphs() <= 8, "a turn in one piece takes one graph more in each mode"
     assert_regions(m)
 
 
@@ -236,11 +241,11 @@ def test_three_models_in_one_process(seed: int) -> None:
     """All models share one code object of transformers; each is compiled all the same."""
     models = [CompiledModel(tiny_llama(seed + i, 2, 6, heads)) for i, heads in enumerate((3, 2, 6, 3))]
     for number, m in enumerate(models):
-        check(m, seed + number, 161, 70)
+        check(m, seed + number, 65, 30)
     compiled = dynamo_graphs()
     assert compiled <= 3 * len(models)
     for number, m in enumerate(models):
-        check(m, seed - number, 200, 80)
+        check(m, seed - number, 90, 40)
     assert dynamo_graphs() == compiled
 
 
@@ -254,10 +259,10 @@ def test_three_unique_regions_at_any_depth(seed: int, layers: int) -> None:
 def test_giving_up_is_not_silent(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     m = CompiledModel(tiny_llama(seed))
     with torch._dynamo.config.patch(recompile_limit=1):
-        ids, oracle = m.prompt(seed, 100, NEW)
+        ids, oracle = m.prompt(seed, 50, NEW)
         cache = m.cache()
         with caplog.at_level(logging.WARNING):
-            assert_same(generate(m.model, ids, cache, NEW, prefill_chunk_size=70), oracle)
+            assert_same(generate(m.model, ids, cache, NEW, prefill_chunk_size=30), oracle)
         assert cache.stats().eager_updates > 0
         warnings = [r.message for r in caplog.records if r.name == "headinfer_compile.cache"]
         assert len(warnings) == 1
@@ -265,4 +270,4 @@ def test_giving_up_is_not_silent(seed: int, caplog: pytest.LogCaptureFixture) ->
         assert "Dynamo gave up" in warnings[0]
         assert "TORCH_LOGS=recompiles" in warnings[0]
         with pytest.raises(CacheError, match=r"Dynamo gave up.*strict=True"):
-            generate(m.model, ids, m.cache(strict=True), NEW, prefill_chunk_size=70)
+            generate(m.model, ids, m.cache(strict=True), NEW, prefill_chunk_size=30)

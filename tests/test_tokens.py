@@ -13,6 +13,7 @@ from harness import (
     CompiledModel,
     Expected,
     assert_same,
+    assert_written_once,
     clean_dynamo,
     generate,
     random_ids,
@@ -75,6 +76,7 @@ def test_layouts(
     assert_same(generate(llama.model, ids, cache, NEW, prefill_chunk_size=chunk), oracle)
     stats = llama.assert_streamed(cache, resident=budget == "all")
     assert stats.kv_bytes == kv_bytes
+    assert_written_once(stats)
     if budget == "third" and page_tokens == 16:
         assert stats.blocks_by_tier == {"gpu": 3, "host": 8}
         assert 0 < stats.resident_bytes <= gpu_budget
@@ -87,7 +89,7 @@ def test_default_options(llama: CompiledModel, seed: int, chunk: int) -> None:
     llama.use()
     cache = llama.cache()
     assert_same(generate(llama.model, ids, cache, NEW, prefill_chunk_size=chunk), oracle)
-    llama.assert_streamed(cache)
+    assert_written_once(llama.assert_streamed(cache))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""What a cache reports about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headinfer_compile.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Where the bytes of a cache are and what has moved. All sizes are bytes."""
+
+    tokens: int
+    kv_bytes: int
+    resident_bytes: int
+    tail_bytes: int
+    host_bytes: int
+    slab_bytes: int
+    """The largest host slab, the granularity of ``host_bytes``."""
+    slot_bytes: int
+    staging_bytes: int
+    fixed_bytes: int
+    """Slots, staging ring and tail; independent of the context length."""
+    workspace_bytes: int
+    """The most that attention accumulators, kernel outputs and block masks were planned to take."""
+    h2d_bytes: int
+    d2h_bytes: int
+    cpu_bytes: int
+    link_utilisation: float | None
+    """Share of the measured link rate that decode reached; None where it was not measured."""
+    exposed_wait_us: float | None
+    """Time that compute waited for transfers; None where it was not measured."""
+    op_calls: dict[str, int]
+    blocks_by_tier: dict[str, int]
+    sites_rewritten: int
+    eager_updates: int
+    materialised_layers: int
+
+
+def collect_stats(session: Session) -> CacheStats:
+    """The figures of a session as they are now; nothing waits for the device."""
+    counters = session.counters
+    geometry = session.geometry
+    blocks = session.table.blocks if geometry is not None else []
+    tiers = [block.tier for block in blocks]
+    fixed = {part: session.bytes_of(part) for part in ("slots", "staging", "tail")}
+    return CacheStats(
+        tokens=session.length,
+        kv_bytes=session.length * geometry.token_bytes if geometry is not None else 0,
+        resident_bytes=session.table.bytes_on("gpu") if blocks else 0,
+        tail_bytes=fixed["tail"],
+        host_bytes=session.table.bytes_on("host") if blocks else 0,
+        slab_bytes=session.table.slab_bytes if blocks else 0,
+        slot_bytes=fixed["slots"],
+        staging_bytes=fixed["staging"],
+        fixed_bytes=sum(fixed.values()),
+        workspace_bytes=counters.workspace_bytes,
+        h2d_bytes=counters.h2d_bytes,
+        d2h_bytes=counters.d2h_bytes,
+        cpu_bytes=counters.cpu_bytes,
+        link_utilisation=None,
+        exposed_wait_us=None,
+        op_calls=dict(counters.op_calls),
+        blocks_by_tier={tier: tiers.count(tier) for tier in sorted(set(tiers))},
+        sites_rewritten=len(counters.sites),
+        eager_updates=counters.eager_updates,
+        materialised_layers=len(counters.materialised_layers),
+    )

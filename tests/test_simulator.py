@@ -1,0 +1,232 @@
+"""Steps in any order of the streams: bitwise equal when no edge lacks, and not when one does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harness import CompiledModel, clean_dynamo, random_ids, tiny_llama
+from headinfer_compile import HeadInferCache
+from headinfer_compile.errors import HeadInferError
+from headinfer_compile.simulator import Simulation, simulated
+
+#: One call each: new tokens, or tokens to crop when negative; 0 resets.
+Calls = Sequence[int]
+LONG: Calls = (40, 40, *[1] * 10, -5, 12, *[1] * 6)
+SHORT: Calls = (40, *[1] * 14)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[CompiledModel]:
+    """One model, compiled once for all tests of this file."""
+    with clean_dynamo():
+        yield CompiledModel(tiny_llama(0, heads=4, kv_heads=2))
+
+
+def play(model: CompiledModel, cache: HeadInferCache, calls: Calls, seed: int = 0) -> list[Tensor]:
+    """The logits of each call."""
+    ids, at, logits = random_ids(seed, 512), 0, []
+    with torch.no_grad():
+        for count in calls:
+            if count > 0:
+                part = ids[:, at : at + count]
+                logits.append(model.model(part, past_key_values=cache, use_cache=True).logits)
+            elif count < 0:
+                cache.crop(count)
+            else:
+                cache.reset()
+            at += max(0, count)
+    return logits
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sequence of calls, the backend's options and the cache's."""
+
+    calls: Calls
+    options: dict[str, Any]
+    sizes: dict[str, Any]
+
+    def reference(self, model: CompiledModel) -> list[Tensor]:
+        """The logits in program order."""
+        model.use(**self.options)
+        with model.cache(**self.sizes) as cache:
+            return play(model, cache, self.calls)
+
+    def run(self, model: CompiledModel, **how: Any) -> tuple[list[Tensor], Simulation]:
+        """The logits of a simulated run."""
+        model.use(**self.options)
+        with model.cache(**self.sizes) as cache:
+            with simulated(cache, **how) as simulation:
+                logits = play(model, cache, self.calls)
+            return logits, simulation
+
+
+CASES = {
+    "two slots": Case(LONG, {}, {"tail_tokens": 4}),
+    "three slots": Case(LONG, {"num_slots": 3, "prefetch_distance": 2}, {"tail_tokens": 4}),
+    "no hoisting": Case(LONG, {"disable_passes": ["hoist_prefetch"]}, {"tail_tokens": 4}),
+    "some resident": Case(LONG, {"head_group": 1}, {"tail_tokens": 4, "gpu_budget": 10_000}),
+    "one page": Case(SHORT, {}, {"tail_tokens": 4, "page_tokens": 128}),
+    "new prompt": Case((33, *[1] * 9, 0, 50, *[1] * 5), {"num_slots": 3}, {"tail_tokens": 3}),
+}
+
+
+def equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    """Bitwise equality of all logits."""
+    return len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+
+
+def check(case: Case, model: CompiledModel, seeds: range) -> None:
+    wanted = case.reference(model)
+    for seed in seeds:
+        found, simulation = case.run(model, seed=seed, synchronize=bool(seed % 2))
+        assert equal(found, wanted), f"seed {seed}"
+        assert simulation.edges["compute waits for slot.filled"] > 10
+        assert simulation.dropped == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_order_gives_bitwise_the_same(name: str, model: CompiledModel) -> None:
+    check(CASES[name], model, range(2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_order_of_many_gives_bitwise_the_same(name: str, model: CompiledModel) -> None:
+    check(CASES[name], model, range(100, 150))
+
+
+def test_the_same_seed_gives_the_same_order(model: CompiledModel) -> None:
+    case = CASES["two slots"]
+    (first, _), (second, _), (other, _) = (
+        case.run(model, seed=seed, drop="h2d waits for slot.freed") for seed in (3, 3, 5)
+    )
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
+    assert not equal(first, other)
+
+
+#: Each edge of the runtime, and a case in which nothing else orders what it orders.
+EDGES = {
+    "compute waits for slot.filled": "two slots",
+    "h2d waits for slot.freed": "two slots",
+    "h2d waits for pages.written": "two slots",
+    "d2h waits for staging.packed": "two slots",
+    "d2h waits for tail.packed": "two slots",
+    "compute waits for staging.copied": "two slots",
+    # With more transfers than fit the ring, later ones wait for this step's D2H and so does compute.
+    "compute waits for tail.copied": "one page",
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_a_dropped_edge_is_found(edge: str, model: CompiledModel) -> None:
+    case = CASES[EDGES[edge]]
+    wanted = case.reference(model)
+    for seed in range(60):
+        found, simulation = case.run(model, seed=seed, synchronize=bool(seed % 2), drop=edge)
+        assert simulation.dropped == simulation.edges[edge] > 0
+        if not equal(found, wanted):
+            return
+    raise AssertionError(f"without {edge!r}, 60 orders gave the right logits")
+
+
+def test_the_edges_of_the_runtime_are_the_ones_tested(model: CompiledModel) -> None:
+    issued: set[str] = set()
+    for case in CASES.values():
+        issued |= set(case.run(model, seed=0)[1].edges)
+    # Joins belong to `Session.drain`.
+    assert {edge for edge in issued if "joins" not in edge} == set(EDGES)
+
+
+def test_two_caches_alternate(model: CompiledModel) -> None:
+    model.use()
+    calls = (40, *[1] * 6)
+    with model.cache() as one, model.cache() as two:
+        wanted = [play(model, one, calls), play(model, two, calls, seed=1)]
+    for seed in range(3):
+        with model.cache(tail_tokens=4) as one, model.cache(tail_tokens=4) as two:
+            with simulated(one, seed=seed), simulated(two, seed=seed + 1):
+                found: list[list[Tensor]] = [[], []]
+                at = 0
+                with torch.no_grad():
+                    for count in calls:
+                        for index, cache in enumerate((one, two)):
+                            part = random_ids(index, 512)[:, at : at + count]
+                            out = model.model(part, past_key_values=cache, use_cache=True)
+                            found[index].append(out.logits)
+                        at += count
+        assert equal(found[0], wanted[0]) and equal(found[1], wanted[1]), f"seed {seed}"
+
+
+def test_a_call_without_a_schedule_follows_one_with(model: CompiledModel) -> None:
+    """The eager path reads pages whose D2H is under way."""
+    model.use()
+    ids = random_ids(0, 60)
+
+    def mixed(cache: HeadInferCache) -> Tensor:
+        with torch.no_grad():
+            model.model(ids[:, :40], past_key_values=cache, use_cache=True)
+            eager = torch.compiler.set_stance("force_eager")
+            with eager:
+                return model.model(ids[:, 40:], past_key_values=cache, use_cache=True).logits
+
+    with model.cache() as cache:
+        wanted = mixed(cache)
+    for seed in range(8):
+        with model.cache() as cache, simulated(cache, seed=seed):
+            assert torch.equal(mixed(cache), wanted), f"seed {seed}"
+
+
+def calls_of() -> st.SearchStrategy[tuple[int, ...]]:
+    """A first chunk, then steps, short turns, crops and resets."""
+    step = st.sampled_from((1, 1, 1, 1, 7, 25))
+    change = st.sampled_from((-1, -6, -12, 0))
+    piece = st.tuples(st.lists(step, min_size=1, max_size=5), change, step).map(
+        lambda found: (*found[0], found[1], found[2])
+    )
+    rest = st.lists(piece, min_size=1, max_size=3)
+    return st.builds(lambda first, tail: (first, *sum(tail, ())), st.integers(20, 60), rest)
+
+
+@given(
+    calls=calls_of(),
+    seed=st.integers(0, 2**32),
+    num_slots=st.integers(2, 4),
+    page_tokens=st.sampled_from((8, 16, 64)),
+    tail_tokens=st.integers(1, 6),
+    gpu_budget=st.sampled_from((0, 8192)),
+    synchronize=st.booleans(),
+)
+@settings(max_examples=6, deadline=None)
+def test_any_sequence_of_calls_in_any_order(
+    model: CompiledModel, calls: Calls, seed: int, num_slots: int, synchronize: bool, **sizes: int
+) -> None:
+    case = Case(calls, {"num_slots": num_slots}, dict(sizes))
+    found, _ = case.run(model, seed=seed, synchronize=synchronize)
+    assert equal(found, case.reference(model))
+
+
+def test_only_a_new_cache_can_be_simulated(model: CompiledModel) -> None:
+    with model.cache() as cache:
+        play(model, cache, (20,))
+        with pytest.raises(HeadInferError, match="make a new one"), simulated(cache, seed=0):
+            pass
+
+
+def test_a_copy_stream_may_touch_only_memory_of_the_session(model: CompiledModel) -> None:
+    model.use()
+    with model.cache() as cache, simulated(cache, seed=0) as simulation:
+        play(model, cache, (20,))
+        with simulation.on("d2h"), pytest.raises(HeadInferError, match="not the session's"):
+            torch.zeros(2).copy_(torch.ones(2))
+        assert simulation.edges
+
+
