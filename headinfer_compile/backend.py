@@ -138,7 +138,8 @@ def _without_sites(
 ) -> Callable[..., Any]:
     if config.lowering == "eager":
         return gm.forward
-    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs))
+    compiled = compile_fx(gm, list(example_inputs))
+    assert callable(compiled)
     return compiled
 
 

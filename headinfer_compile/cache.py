@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _NO_KV_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
 
 
-class HeadInferCache(Cache):  # type: ignore[misc]
+class HeadInferCache(Cache):
     """KV cache in pinned host memory, streamed block by block to exact attention on the GPU."""
 
     def __init__(

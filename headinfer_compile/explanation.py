@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from headinfer_compile.cache import CacheStats
+from headinfer_compile.stats import CacheStats
 from headinfer_compile.executor import GraphReport
 from headinfer_compile.passes.context import AttentionSite, Decline
 from headinfer_compile.passes.pipeline import PassReport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from headinfer_compile.cache import CacheStats
+from headinfer_compile.stats import CacheStats
 from headinfer_compile.config import format_bytes
 
 

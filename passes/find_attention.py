@@ -220,8 +220,11 @@ def _rewrite(gm: GraphModule, ctx: PassContext, found: _Sdpa | _FlashAttn) -> No
         if found.transposed:
             query = graph.call_method("transpose", (query, 1, 2))
             query.meta["example_value"] = q_value.transpose(1, 2)
-        args = (handle, query, k, v, found.mask, [], layer, past, float(scale), found.is_causal)
-        attention = graph.call_function(torch.ops.headinfer.attention.default, args)
+        options: tuple[Argument, ...] = (layer, past, float(scale), found.is_causal)
+        attention = graph.call_function(
+            torch.ops.headinfer.attention.default,
+            (handle, query, k, v, found.mask, [], *options),
+        )
         attention.meta[META] = site
         attention.stack_trace = node.stack_trace
         out = found.outputs[0]

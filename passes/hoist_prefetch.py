@@ -46,6 +46,7 @@ def run(gm: GraphModule, ctx: PlanContext) -> GraphModule:
     (returned,) = output.args
     assert isinstance(returned, tuple)
     out, *ring = returned
+    assert isinstance(out, Node)
     total = len(waits)
     for index, (spec, group, block) in enumerate(key.next_transfers):
         ahead = total + index - key.distance

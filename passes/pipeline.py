@@ -136,7 +136,9 @@ def _run(
     if ops_before is not None:
         gm.graph.eliminate_dead_code()
         after = count_ops(gm)
-        differences = {op: after.get(op, 0) - ops_before.get(op, 0) for op in {*ops_before, *after}}
+        differences = {
+            op: after.get(op, 0) - ops_before.get(op, 0) for op in set(ops_before) | set(after)
+        }
         changed = {op: differences[op] for op in sorted(differences) if differences[op]}
     seconds = time.perf_counter() - start
     text = ""

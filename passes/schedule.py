@@ -137,7 +137,9 @@ def inputs_of(graph: Graph) -> dict[str, Node]:
 
 def output_of(graph: Graph) -> Node:
     """The output node of a graph."""
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    (node,) = (node for node in graph.nodes if node.op == "output")
+    assert isinstance(node, Node)
+    return node
 
 
 def nodes_of(graph: Graph, target: object) -> list[Node]:

@@ -200,7 +200,7 @@ def _cudnn_reason(request: AttentionRequest) -> str | None:
         return "builds a plan for each new shape: only for fixed shapes of several queries"
     if request.capability is not None and request.capability[0] > 10:
         return f"is preferred on compute capability 9 and 10 only, found {request.capability}"
-    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    version = torch.backends.cudnn.version()
     if version is not None and version < _CUDNN_OLDEST:
         return f"needs cuDNN {_CUDNN_OLDEST}, found {version}"
     if (request.head_dim, request.v_head_dim) == (192, 128):

@@ -26,7 +26,7 @@ def _memcpy_2d() -> Callable[..., int] | None:
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
     function.argtypes = [pointer, size, pointer, size, size, size, ctypes.c_int, pointer]
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def copy_kv(

@@ -156,7 +156,7 @@ def _join_kernel(
 @functools.cache
 def _splits(device: torch.device, pairs: int) -> int:
     programs = _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(2, triton.next_power_of_2(-(-programs // pairs)))
+    return int(max(2, triton.next_power_of_2(-(-programs // pairs))))
 
 
 def attend_paged(

@@ -113,7 +113,7 @@ class SlabAllocator:
 
     def _discard(self, future: Future[HostSlab]) -> None:
         if not future.cancel():
-            future.add_done_callback(lambda done: done.exception() or done.result().close())
+            future.add_done_callback(_close_made)
 
     def take(self, nbytes: int, unit_bytes: int) -> HostSlab:
         """Return a slab, waiting for one in preparation if there is.
@@ -137,3 +137,8 @@ class SlabAllocator:
         self._ahead.clear()
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def _close_made(future: Future[HostSlab]) -> None:
+    if future.exception() is None:
+        future.result().close()

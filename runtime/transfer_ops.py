@@ -39,8 +39,8 @@ def pack(session: Session, layer: int, k: torch.Tensor, v: torch.Tensor, piece: 
             streams.wait(tail.copied[layer], "compute")
         if step.paged:
             row = session.paged_tables().new_row
-            for target, source in zip(tail.layers[layer], new, strict=True):
-                target.index_copy_(2, row, source)
+            for target, fresh in zip(tail.layers[layer], new, strict=True):
+                target.index_copy_(2, row, fresh)
             return APPEND
         _assign(_rows(tail.layers[layer], step.tail_rows, step.tail_rows + step.new), new)
         return APPEND
