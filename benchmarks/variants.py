@@ -68,8 +68,15 @@ class Variant:
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits ``[1, 1, vocab]`` of the last of ``ids`` ``[1, n]``."""
+        past = int(self.cache.get_seq_length())
+        # As `generate` does: without position_ids the lengths are computed inside the graph.
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         out: Tensor = self.model(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
         ).logits
         return out
 

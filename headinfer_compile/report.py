@@ -25,6 +25,7 @@ from headinfer_compile.explanation import (
     StepPlan,
 )
 from headinfer_compile.models import find_source, load_config
+from headinfer_compile.passes.graph_utils import calls as calls_op
 from headinfer_compile.passes.pipeline import Dump, build_schedule
 from headinfer_compile.passes.schedule import PlanContext, PlanKey
 from headinfer_compile.plan_key import chained_key
@@ -279,7 +280,7 @@ def _explain_graph(name: str, graph: _RecordedGraph) -> GraphExplanation:
             index = int(target.removeprefix("site_"))
             spec = graph.site_specs[index]
             calls.append(Call("site", target, f"class {spec}", graph.sites[index].layer))
-        elif node.op == "call_function" and node.target is torch.ops.headinfer.update_kv.default:
+        elif calls_op(node, torch.ops.headinfer.update_kv.default):
             calls.append(Call("update_kv", node.name, "update_kv", node.args[3]))
     return GraphExplanation(name, graph.report, tuple(calls), _explain_step(graph))
 

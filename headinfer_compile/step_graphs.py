@@ -93,7 +93,7 @@ class StepGraphs:
             if node.op == "call_module" and "site_" not in node.name:
                 scalar = next((a for a in node.all_input_nodes if not _is_tensor(a)), None)
                 if scalar is not None and not isinstance(node_value(scalar), tuple):
-                    return f"{node.name} depends on the length {scalar.name}"
+                    return f"{node.name} computes with the length {scalar.name}: pass position_ids"
         self._past_index = placeholders.index(past)
         self._mask_index = None
         form = self._owner.specs[0].mask

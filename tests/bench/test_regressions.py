@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +29,8 @@ if os.environ.get("HEADINFER_BENCH") is None:
 
 BASELINE = Path(__file__).resolve().parents[2] / "benchmarks" / "baseline.json"
 PROMPT, CHUNK, NEW, LAYERS = 700, 128, 24, 3
-# Twice the baseline and more is a change of the code, less may be the neighbours on the machine.
+# Times are the shortest of many, which neighbours on the machine disturb least; what is left of
+# their noise is well under twice the baseline.
 RATIO_TOLERANCE = 1.0
 
 
@@ -189,7 +189,7 @@ def test_schedule_build(
 
     # The bare graph is built before every timed build: drift of the machine is in both.
     benchmark.pedantic(build, setup=beside, rounds=15, warmup_rounds=2)
-    ratio = benchmark.stats.stats.median / statistics.median(bare)
+    ratio = benchmark.stats.stats.min / min(bare)
     host_blocks = schedule.key.host
     baseline.check(
         benchmark,
@@ -229,8 +229,8 @@ def test_step_against_inductor(benchmark: BenchmarkFixture, baseline: Baseline) 
             step,
             (ours, cache),
             setup=lambda: beside.append(_seconds(lambda: step(plain, dynamic))),
-            rounds=20,
+            rounds=40,
         )
-        ratio = benchmark.stats.stats.median / statistics.median(beside)
+        ratio = benchmark.stats.stats.min / min(beside)
         assert cache.stats().h2d_bytes > 0
         baseline.check(benchmark, RATIO_TOLERANCE, step_against_inductor=round(ratio, 3))
