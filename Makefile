@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 
-.PHONY: help demo test test-slow test-oldest test-gpu lint clean FORCE
+.PHONY: help demo test test-slow test-oldest test-gpu bench bench-ci plots lint clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,9 @@ help:
 	@echo "make test-gpu     only the tests that need a GPU"
 	@echo "make test-slow    everything longer; writes benchmarks/results/test_slow.json"
 	@echo "make test-oldest  graphs and tokens on $(OLDEST)"
+	@echo "make bench        a benchmark: CASE=decode ARGS='--context 128K --synthetic'; lists them without CASE"
+	@echo "make bench-ci     regressions against benchmarks/baseline.json; ACCEPT=1 writes it anew"
+	@echo "make plots        judges benchmarks/results and draws its pictures"
 	@echo "make lint         ruff, format, mypy --strict"
 	@echo "make clean        remove .venv"
 
@@ -39,6 +42,17 @@ test-slow: $(STAMPS)/test
 
 test-oldest: $(STAMPS)/oldest
 	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(PY) -m pytest -m "oldest and not slow"
+
+bench: $(STAMPS)/bench
+	$(PY) -m headinfer_compile bench $(CASE) $(ARGS)
+
+# One thread, so that the two cores do not wait for each other in kernels of microseconds.
+bench-ci: $(STAMPS)/test
+	OMP_NUM_THREADS=1 HEADINFER_BENCH=1 ACCEPT=$(ACCEPT) $(PY) -m pytest tests/bench
+
+plots: $(STAMPS)/bench
+	$(PY) -m benchmarks.bars
+	$(PY) -m benchmarks.plots
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .
@@ -69,6 +83,10 @@ $(STAMPS)/demo: pyproject.toml $(STAMPS)/torch
 
 $(STAMPS)/test: $(STAMPS)/demo
 	$(PIP) -e '.[demo,test]'
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/test
+	$(PIP) -e '.[demo,test,bench]'
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/test

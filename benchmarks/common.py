@@ -31,7 +31,9 @@ _START = time.perf_counter()
 
 def say(message: str, *args: object) -> None:
     """Print a line of progress with the seconds since the start, at once."""
-    print(f"[{time.perf_counter() - _START:7.1f} s] {message % args if args else message}", flush=True)
+    print(
+        f"[{time.perf_counter() - _START:7.1f} s] {message % args if args else message}", flush=True
+    )
 
 
 def parse_tokens(text: str) -> int:
@@ -199,7 +201,10 @@ class Peak:
 
     def read(self) -> Row:
         """The peaks, and what is in use now."""
-        found: Row = {"host_peak_bytes": _status_bytes("VmHWM"), "host_bytes": _status_bytes("VmRSS")}
+        found: Row = {
+            "host_peak_bytes": _status_bytes("VmHWM"),
+            "host_bytes": _status_bytes("VmRSS"),
+        }
         if self.device.type == "cuda":
             found["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
             found["gpu_peak_reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)

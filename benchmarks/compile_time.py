@@ -38,13 +38,14 @@ from headinfer_compile.backend import restore_dynamo
 COMPILERS = ("headinfer", "inductor")
 
 
-def _generate(model: PreTrainedModel, compiler: str, prompts: list[int], chunk: int, new: int) -> float:
+def _generate(
+    model: PreTrainedModel, compiler: str, prompts: list[int], chunk: int, new: int
+) -> float:
     start = time.perf_counter()
     for tokens in prompts:
         ids = torch.randint(1, model.config.vocab_size, (1, tokens), device=model.device)
-        cache = DynamicCache(config=model.config)
-        if compiler == "headinfer":
-            cache = HeadInferCache(model.config, gpu_budget=0)
+        ours = compiler == "headinfer"
+        cache = HeadInferCache(model.config, gpu_budget=0) if ours else DynamicCache()
         model.generate(  # type: ignore[operator]
             ids, past_key_values=cache, prefill_chunk_size=chunk, max_new_tokens=new,
             min_new_tokens=new, do_sample=False, pad_token_id=0,

@@ -165,7 +165,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     setup = prepare(args)
     model = build(args.model, setup.device, layers=args.layers)
     variants = Variants(model)
-    say("%s: %d layers, best kernel %s", args.model, model.config.num_hidden_layers, variants.kernel)
+    say(
+        "%s: %d layers, best kernel %s", args.model, model.config.num_hidden_layers, variants.kernel
+    )
     names = [name for name in args.variants if usable(variants, name)]
     roofline = measure(setup.device, variants.make("resident").shape, model.dtype)
     say("%s", roofline.as_row())

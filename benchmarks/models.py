@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -28,7 +29,7 @@ def _llama_3_8b() -> PretrainedConfig:
         num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=_POSITIONS,
-        rope_theta=500000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
 
 
@@ -41,7 +42,7 @@ def _qwen2_5_7b() -> PretrainedConfig:
         num_attention_heads=28,
         num_key_value_heads=4,
         max_position_embeddings=_POSITIONS,
-        rope_theta=1000000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     )
 
 
@@ -55,7 +56,7 @@ def _smollm2_135m() -> PretrainedConfig:
         num_key_value_heads=3,
         head_dim=64,
         max_position_embeddings=8192,
-        rope_theta=100000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         tie_word_embeddings=True,
     )
 
@@ -116,7 +117,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings().weight
     read = [p for p in model.parameters() if p is not embedding or p is output]
-    item = embedding.element_size()
+    item = model.dtype.itemsize
     return Shape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -151,7 +152,7 @@ def build(
             config.layer_types = config.layer_types[:layers]
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
@@ -166,10 +167,11 @@ def build(
                 if bias is not None:
                     bias.normal_(0.0, 0.1)
     _renew_rotary(model, device)
-    return model.eval()
+    made: PreTrainedModel = model.eval()
+    return made
 
 
-def _renew_rotary(model: PreTrainedModel, device: torch.device) -> None:
+def _renew_rotary(model: Any, device: torch.device) -> None:
     # Its buffers are computed, not loaded, and are empty after the meta device.
     with device:
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
@@ -184,4 +186,5 @@ def twin(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     made.load_state_dict(model.state_dict(), assign=True)
     made.tie_weights()
     _renew_rotary(made, model.device)
-    return made.eval()
+    made.eval()
+    return made

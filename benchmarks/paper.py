@@ -56,7 +56,7 @@ class _Queues:
             self._streams[name].wait_event(event)
 
 
-class PaperCache(Cache):  # type: ignore[misc]
+class PaperCache(Cache):
     """Host KV by head, and two slots that hold one whole head each."""
 
     def __init__(
@@ -90,7 +90,7 @@ class PaperCache(Cache):  # type: ignore[misc]
         """Tokens held."""
         return self.length
 
-    def prefetch(self, layer_idx: int, head: int, rows: int) -> None:
+    def start(self, layer_idx: int, head: int, rows: int) -> None:
         """Start filling the other slot with the first ``rows`` tokens of a head."""
         slot, queues = (self._turn + 1) % 2, self.queues
         if rows == 0:
@@ -106,7 +106,7 @@ class PaperCache(Cache):  # type: ignore[misc]
         queues.record(self._filled[slot], "h2d")
 
     def append(self, layer_idx: int, head: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new rows ``[1, 1, n, D]`` of a head to its slot and to the host; all of its K and V."""
+        """Add new rows ``[1, 1, n, D]`` of a head to its slot and the host; all of its K and V."""
         slot, queues, past = self._turn % 2, self.queues, self.length
         total = past + k.shape[2]
         queues.wait(self._filled[slot], "compute")
@@ -142,12 +142,12 @@ class PaperCache(Cache):  # type: ignore[misc]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.length = tokens
-        self.prefetch_first()
+        self.start_first()
 
-    def prefetch_first(self) -> None:
+    def start_first(self) -> None:
         """Bring the first head of the first layer into the slot whose turn it is."""
         self._turn -= 1
-        self.prefetch(0, 0, self.length)
+        self.start(0, 0, self.length)
         self._turn += 1
 
     def close(self) -> None:
@@ -182,11 +182,11 @@ class PaperAttention(nn.Module):
         for head in range(cache.heads):
             last = head + 1 == cache.heads
             if not last:
-                cache.prefetch(layer, head + 1, past)
+                cache.start(layer, head + 1, past)
             elif layer + 1 < cache.num_layers:
-                cache.prefetch(layer + 1, 0, past)
+                cache.start(layer + 1, 0, past)
             else:
-                cache.prefetch(0, 0, past + n)
+                cache.start(0, 0, past + n)
             q = self._project(self.q_proj, hidden_states, head, self.group)
             k = self._project(self.k_proj, hidden_states, head, 1)
             v = self._project(self.v_proj, hidden_states, head, 1)

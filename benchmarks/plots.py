@@ -14,7 +14,7 @@ from benchmarks.common import RESULTS, Row, format_tokens, say
 
 mpl.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402 - after the choice of a backend without a screen
+from matplotlib import pyplot as plt
 
 GIB = 1 << 30
 Axes = Any
@@ -22,7 +22,7 @@ Axes = Any
 
 
 def _series(results: Results, case: str) -> dict[str, list[Row]]:
-    """Rows of the unlimited card's runs by variant, each by context, of the model with most rows."""
+    """Rows without a memory limit by variant, then context, of the model with most rows."""
     rows = [
         row for row in results.rows
         if row.get("case") == case and "failure" not in row and row.get("gpu_memory") is None
@@ -157,7 +157,10 @@ def draw_needle(results: Results, axes: Axes) -> bool:
     depths = sorted({cell["depth"] for row in rows for cell in row["depths"]})
     grid = [
         [
-            next((c["right"] / c["asked"] for c in row["depths"] if c["depth"] == depth), float("nan"))
+            next(
+                (c["right"] / c["asked"] for c in row["depths"] if c["depth"] == depth),
+                float("nan"),
+            )
             for row in rows
         ]
         for depth in depths

@@ -32,7 +32,7 @@ from benchmarks.variants import DEFAULT, Variant, Variants
 
 
 def time_prefill(variant: Variant, ids: torch.Tensor, chunk: int) -> tuple[float, torch.Tensor]:
-    """Seconds of one prefill of ``ids`` ``[1, n]`` into the variant's empty cache, and the logits."""
+    """Seconds of one prefill of ``ids`` ``[1, n]`` into an empty cache, and the logits."""
     device = ids.device
     synchronize(device)
     start = time.perf_counter()
@@ -121,7 +121,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     setup = prepare(args)
     model = build(args.model, setup.device, layers=args.layers)
     variants = Variants(model)
-    say("%s: %d layers, best kernel %s", args.model, model.config.num_hidden_layers, variants.kernel)
+    say(
+        "%s: %d layers, best kernel %s", args.model, model.config.num_hidden_layers, variants.kernel
+    )
     names = [name for name in args.variants if usable(variants, name)]
     roofline = measure(setup.device, variants.make("resident").shape, model.dtype)
     say("%s", roofline.as_row())

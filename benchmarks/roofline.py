@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -87,6 +88,32 @@ def _link(device: torch.device, nbytes: int) -> tuple[float, float, float]:
     return rates[0], rates[1], rates[2]
 
 
+def _attention(
+    device: torch.device, shape: Shape, dtype: torch.dtype, chunk: int
+) -> tuple[str, float]:
+    """Name and rate of the best kernel, ``chunk`` queries over four times as many keys."""
+    cuda = device.type == "cuda"
+    n = chunk if cuda else min(chunk, 128)
+    name, run = best_kernel(device, dtype)
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    q = torch.randn((1, shape.heads, n, shape.head_dim), **options)
+    k, v = (torch.randn((1, shape.kv_heads, 4 * n, shape.head_dim), **options) for _ in range(2))
+    scale = shape.head_dim**-0.5
+    seconds = _seconds(
+        lambda: run(q, k, v, scale=scale, causal=False, mask=None), device, 5, 4 if cuda else 1
+    )
+    return name, 4 * shape.heads * shape.head_dim * n * 4 * n / seconds / 1e12
+
+
+def _matmul(device: torch.device, shape: Shape, dtype: torch.dtype, chunk: int) -> float:
+    """Rate of the product of ``chunk`` tokens with one matrix of the MLP."""
+    n = chunk if device.type == "cuda" else min(chunk, 128)
+    x = torch.randn((n, shape.hidden), device=device, dtype=dtype)
+    w = torch.randn((shape.intermediate, shape.hidden), device=device, dtype=dtype)
+    seconds = _seconds(lambda: x @ w.T, device, 5, 8)
+    return 2 * n * shape.hidden * shape.intermediate / seconds / 1e12
+
+
 def measure(device: torch.device, shape: Shape, dtype: torch.dtype, chunk: int = 16384) -> Roofline:
     """Measure all rates in a few seconds.
 
@@ -107,23 +134,8 @@ def measure(device: torch.device, shape: Shape, dtype: torch.dtype, chunk: int =
         target = torch.empty_like(source)
         hbm = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, 7, 8) / 1e9
         del source, target
-    n, m = (chunk, 4 * chunk) if cuda else (min(chunk, 128), 4 * min(chunk, 128))
-    name, run = best_kernel(device, dtype)
-    q = torch.randn((1, shape.heads, n, shape.head_dim), device=device, dtype=dtype)
-    k, v = (
-        torch.randn((1, shape.kv_heads, m, shape.head_dim), device=device, dtype=dtype)
-        for _ in range(2)
-    )
-    scale = shape.head_dim**-0.5
-    seconds = _seconds(
-        lambda: run(q, k, v, scale=scale, causal=False, mask=None), device, 5, 4 if cuda else 1
-    )
-    attention = 4 * shape.heads * shape.head_dim * n * m / seconds / 1e12
-    x = torch.randn((n, shape.hidden), device=device, dtype=dtype)
-    w = torch.randn((shape.intermediate, shape.hidden), device=device, dtype=dtype)
-    seconds = _seconds(lambda: x @ w.T, device, 5, 8)
-    matmul = 2 * n * shape.hidden * shape.intermediate / seconds / 1e12
-    del q, k, v, x, w
+    name, attention = _attention(device, shape, dtype, chunk)
+    matmul = _matmul(device, shape, dtype, chunk)
     if cuda:
         torch.cuda.empty_cache()
     return Roofline(*link, hbm, dram, attention, matmul, name)

@@ -32,12 +32,11 @@ def record(variant: Variant, token: torch.Tensor) -> list[dict[str, Any]]:
     activities = [ProfilerActivity.CPU]
     if token.is_cuda:
         activities.append(ProfilerActivity.CUDA)
-    with torch.no_grad(), variant.active():
-        with profile(activities=activities) as profiler:
-            for index in range(3):
-                with torch.profiler.record_function(f"step {index}"):
-                    variant.decode(token)
-                    synchronize(token.device)
+    with torch.no_grad(), variant.active(), profile(activities=activities) as profiler:
+        for index in range(3):
+            with torch.profiler.record_function(f"step {index}"):
+                variant.decode(token)
+                synchronize(token.device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

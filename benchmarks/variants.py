@@ -130,7 +130,12 @@ class _Transformers(Variant):
     """Any cache class of transformers."""
 
     def __init__(
-        self, name: str, model: PreTrainedModel, kernel: str, make: Callable[[int], Cache], host: bool
+        self,
+        name: str,
+        model: PreTrainedModel,
+        kernel: str,
+        make: Callable[[int], Cache],
+        host: bool,
     ) -> None:
         super().__init__(name, model, kernel)
         self._make = make
@@ -214,14 +219,16 @@ class _HeadInfer(Variant):
 
     def fill(self, tokens: int, chunk: int) -> None:
         # The first real chunk fixes the geometry, as in a prefill.
-        self.forward(torch.zeros((1, min(chunk, tokens)), dtype=torch.long, device=self.model.device))
+        self.forward(
+            torch.zeros((1, min(chunk, tokens)), dtype=torch.long, device=self.model.device)
+        )
         fill_headinfer(self.cache, tokens)
 
     def streamed_bytes(self, tokens: int) -> int:
         blocks = [b for b in self.cache.session.table.blocks if b.tier == "host"]
         stored = tokens - self.cache.session.tail_rows
         rows = sum(max(0, min(b.tokens, stored - b.start)) for b in blocks)
-        return rows * self.shape.kv_token_bytes
+        return int(rows) * self.shape.kv_token_bytes
 
     def resident_bytes(self, tokens: int) -> int:
         return tokens * self.shape.kv_token_bytes - self.streamed_bytes(tokens)
@@ -286,7 +293,7 @@ class Variants:
         return _Transformers(kind, model, kernel, make, offloading)
 
     def _headinfer(self, name: str, parts: list[str], options: dict[str, Any]) -> Variant:
-        budget: int | str = "0"
+        budget = "0"
         cache_options: dict[str, Any] = {}
         for part in parts:
             key, sign, text = part.partition("=")
@@ -296,8 +303,8 @@ class Variants:
             value = _value(text)
             target = cache_options if key in ("page_tokens", "tail_tokens") else options
             target[key] = value
-        budget = int(budget) if budget.isdecimal() else budget
-        return _HeadInfer(name, twin(self.model, "sdpa"), budget, options, cache_options)
+        limit = int(budget) if budget.isdecimal() else budget
+        return _HeadInfer(name, twin(self.model, "sdpa"), limit, options, cache_options)
 
     def unavailable(self, name: str) -> str | None:
         """Why a variant cannot run here, or None."""

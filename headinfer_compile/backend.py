@@ -30,21 +30,26 @@ def configure_dynamo() -> Callable[[], None]:
 
     Without this, each new prompt length compiles again, and at 8 graphs Dynamo silently runs
     eagerly. The settings are process-wide: ``torch.compiler.config.dynamic_sources`` gets the cache
-    length and the token inputs, ``torch._dynamo.config.recompile_limit`` is raised to 64.
+    length and the token inputs, ``torch._dynamo.config.recompile_limit`` is raised to 64, and
+    ``torch._dynamo.config.specialize_float`` is set: the softmax scale of a second model would
+    otherwise become a variable, since it differs from the first one's.
 
     Returns:
         A function that restores what was set before.
     """
-    before = torch.compiler.config.dynamic_sources, torch._dynamo.config.recompile_limit
+    dynamo = torch._dynamo.config
+    before = torch.compiler.config.dynamic_sources, dynamo.recompile_limit, dynamo.specialize_float
     names = [f"L['{_LENGTH}'].length", f"L['kwargs']['{_LENGTH}'].length", "L['args'][0]"]
     names += [f"L['{name}']" for name in _INPUTS]
     names += [f"L['kwargs']['{name}']" for name in _INPUTS]
     present = [name for name in before[0].split(",") if name]
     torch.compiler.config.dynamic_sources = ",".join(dict.fromkeys([*present, *names]))
-    torch._dynamo.config.recompile_limit = max(before[1], _RECOMPILE_LIMIT)
+    dynamo.recompile_limit = max(before[1], _RECOMPILE_LIMIT)
+    dynamo.specialize_float = True
 
     def restore() -> None:
-        torch.compiler.config.dynamic_sources, torch._dynamo.config.recompile_limit = before
+        torch.compiler.config.dynamic_sources = before[0]
+        dynamo.recompile_limit, dynamo.specialize_float = before[1:]
 
     return restore
 
@@ -194,6 +199,7 @@ def _compile(
         handle_index=placeholders.index(handle),
         parameter_index=parameters[0] if parameters else placeholders.index(handle),
         positions_index=positions[0] if positions else None,
+        last_layer=last_layer,
         dump=dump,
     )
 

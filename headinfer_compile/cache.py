@@ -125,12 +125,12 @@ class HeadInferCache(Cache):
             host_budget=_auto_bytes(host_budget, "host_budget"),
             page_tokens=_auto_count(page_tokens, "page_tokens"),
             tail_tokens=_auto_count(tail_tokens, "tail_tokens"),
+            device=None if device is None else torch.device(device),
         )
         self.num_layers = num_layers
         self.last_layer = last_layer
         self.length = 0
         self.strict = strict
-        self.device = None if device is None else torch.device(device)
         self._warned = False
         with torch.inference_mode(False):
             self.handle = torch.zeros((), dtype=torch.int64)
@@ -154,6 +154,11 @@ class HeadInferCache(Cache):
         Raises:
             CacheError: As ``Session.bind`` and ``Session.begin``; also eagerly under ``strict``.
         """
+        if layer_idx > self.last_layer:
+            raise CacheError(
+                f"layer {layer_idx} updates a cache whose last layer is {self.last_layer}: it was "
+                "made for another model's config; use HeadInferCache(model.config)"
+            )
         if torch.compiler.is_compiling():
             full = torch.ops.headinfer.update_kv(
                 self.handle, key_states, value_states, layer_idx, self.length

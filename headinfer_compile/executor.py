@@ -64,6 +64,8 @@ class CompiledGraph:
     parameter_index: int
     """Of an input that tells models apart: the first parameter."""
     positions_index: int | None
+    last_layer: int
+    """The last layer that updates the cache in this graph."""
     dump: Dump
     specs: list[SiteSpec] = field(default_factory=list)
     schedules: dict[PlanKey, Schedule] = field(default_factory=dict)
@@ -139,6 +141,12 @@ class CompiledGraph:
         return self.graph_module.forward(*args)
 
     def _claim(self, session: Session, args: Sequence[Any]) -> None:
+        if self.last_layer != session.last_layer:
+            raise CacheError(
+                f"this graph updates layers up to {self.last_layer} and the cache expects layers up "
+                f"to {session.last_layer}: it was made for another model's config, or Dynamo broke "
+                "the model into several graphs (TORCH_LOGS=graph_breaks shows why)"
+            )
         if self.positions_index is not None:
             self._check_positions(session, args[self.positions_index])
         # Dynamo shares a graph between models of one shape: which one calls is in the arguments.

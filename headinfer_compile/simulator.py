@@ -2,13 +2,12 @@
 
 Inside a simulated call no tensor op runs when it is issued: it goes to the queue of its stream
 (compute, h2d or d2h) with the events around it, just as the runtime records and waits for them. A
-seeded generator decides how far each queue runs ahead of the others. What a stream has not
-computed yet reads as NaN, and so does a slot or staging buffer that was given up. A schedule and a
-runtime that lack no edge give bitwise the same result for every seed; dropping an edge that is
-needed gives another result for some.
+seeded generator decides how far each queue runs ahead of the others. What a stream has not computed
+yet reads as NaN, and so does a slot or staging buffer that was given up. When no edge is missing,
+every seed gives bitwise the same result; without an edge that is needed, some seed gives another.
 
-Only regions lowered with ``lowering="eager"`` can be simulated: Inductor's kernels do not go through
-the dispatcher.
+Only regions lowered with ``lowering="eager"`` can be simulated: Inductor's kernels do not go
+through the dispatcher.
 """
 
 from __future__ import annotations
@@ -258,7 +257,7 @@ class _Deferring(TorchDispatchMode):
     """Puts every op into the queue of the current stream; its results are NaN until it has run."""
 
     def __init__(self, simulation: Simulation) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._simulation = simulation
 
     def __torch_dispatch__(

@@ -195,6 +195,9 @@ def _rewrite(gm: GraphModule, ctx: PassContext, found: _Sdpa | _FlashAttn) -> No
             f"{heads} query heads of {head_dim} do not group over {kv_heads} KV heads"
         )
     scale = head_dim**-0.5 if found.scale is None else found.scale
+    if isinstance(scale, Node) and isinstance(_value(scale), torch.SymFloat):
+        # A float that differs between two models of one class; this guards on its value.
+        scale = float(_value(scale))
     if not isinstance(scale, (int, float)):
         raise _Unsupported("its scale is not a constant")
     outside = [u for u in _readers(update) if u is not node]
@@ -269,7 +272,21 @@ def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
         except _Unsupported as reason:
             ctx.decline(node, str(reason))
     _erase_dead_updates(gm)
+    _decline_other_readers(gm, ctx)
     return gm
+
+
+def _decline_other_readers(gm: GraphModule, ctx: PassContext) -> None:
+    """Say so where K and V of an update go to something that is no attention we match."""
+    declined = {decline.node for decline in ctx.declines}
+    for update in [node for node in gm.graph.nodes if _is_update(node)]:
+        readers = _readers(update)
+        if readers and declined.isdisjoint(reader.name for reader in readers):
+            ctx.decline(
+                readers[0],
+                "it reads K or V of the cache and is no attention that this pass knows, such as "
+                "scaled_dot_product_attention (attn_implementation='sdpa')",
+            )
 
 
 def _erase_dead_updates(gm: GraphModule) -> None:

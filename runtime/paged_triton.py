@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 64
+_TILE = 32
 _LOG2_E = 1.4426950408889634
 _PROGRAMS_PER_SM = 2
-_NUM_WARPS, _NUM_STAGES = 4, 3
+_NUM_WARPS, _NUM_STAGES = 4, 2
 
 
 @triton.jit(do_not_specialize=["num_blocks", "q_batch", "q_head", "visible_batch"])

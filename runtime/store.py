@@ -31,6 +31,8 @@ class SessionOptions:
     host_budget: int | None = None
     page_tokens: int | None = None
     tail_tokens: int | None = None
+    device: torch.device | None = None
+    """The only device that K and V may come from; None: any."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,12 @@ class Store:
         """
         if self.closed:
             raise ClosedError("this HeadInferCache was closed and holds nothing: make a new one")
-        found = self.geometry_of(k, v)
+        found, device = self.geometry_of(k, v), self.options.device
+        if device is not None and found.device not in (device, torch.device(device.type, 0)):
+            raise CacheError(
+                f"K and V came on {found.device} and this cache was made with device={device}: move "
+                "the model there, or leave device out"
+            )
         if self.geometry is None:
             self.regular_chunk = k.shape[2]
             self._allocate(found, activation_bytes)

@@ -207,13 +207,13 @@ def update_without_schedule(
     if step is None:
         step = session.start(k, v, past, 0)
     step.eager_layers.add(layer)
+    # A step with a schedule leaves its D2H under way, and `_gather` reads on compute.
+    session.streams.wait(session.written_event(layer), "compute")
     full = _gather(session, layer, k, v)
     if step.appends:
         pack(session, layer, k, v, APPEND)
     for piece in range(len(step.pieces)):
         offload(session, layer, pack(session, layer, k, v, piece))
-    # The next gather of this layer reads its pages on compute.
-    session.streams.join("compute", "d2h")
     if layer == session.last_layer and not session.managed:
         session.commit()
     return full

@@ -37,7 +37,9 @@ TIE = 1e-4
 MAX_LOGIT_DIFFERENCE = 1e-4
 
 
-def tiny_llama(seed: int, layers: int = 2, heads: int = 6, kv_heads: int = 3) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int, layers: int = 2, heads: int = 6, kv_heads: int = 3, head_dim: int = 8
+) -> LlamaForCausalLM:
     """A random model whose attention is sharp enough that a lost token shows."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -47,7 +49,7 @@ def tiny_llama(seed: int, layers: int = 2, heads: int = 6, kv_heads: int = 3) ->
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=2048,
         initializer_range=0.25,
         bos_token_id=None,

@@ -43,7 +43,8 @@ def opname(node: Node) -> str:
 
 def copy_of(gm: GraphModule) -> GraphModule:
     """A schedule with nodes of its own."""
-    graph, known = Graph(), {}
+    graph = Graph()
+    known: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         known[node] = graph.node_copy(node, known.__getitem__)
     return GraphModule(torch.nn.Module(), graph)

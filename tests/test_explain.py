@@ -258,6 +258,18 @@ class Other(torch.nn.Module):
         return x + 1
 
 
+def test_models_of_one_class_in_one_process() -> None:
+    """Dynamo makes a symbol of a float that differs: the scale of a second head size."""
+    for dim in (8, 16, 32):
+        config = LlamaConfig(
+            vocab_size=97, hidden_size=4 * dim, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=dim,
+        )  # fmt: skip
+        explanation = of_context(config, 40, 40)
+        assert [site.scale for site in explanation.sites] == [dim**-0.5] * 2
+        assert not explanation.declines
+
+
 @pytest.mark.parametrize(
     ("model", "args", "kwargs", "error", "message"),
     [

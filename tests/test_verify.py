@@ -25,11 +25,12 @@ HOST, STAY = PieceKind("new", True), PieceKind("new", False)
 FLUSH = (PieceKind("tail", True),)
 
 
-def arguments(node: Node, **changes: object) -> None:
+def arguments(node: Node, **changes: object) -> Node:
     """Change arguments of an op by name."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     for name, value in changes.items():
         node.update_arg(names.index(name), value)  # type: ignore[arg-type]
+    return node
 
 
 def swap_ring(gm: GraphModule) -> None:
@@ -58,6 +59,10 @@ def op(gm: GraphModule, name: str, index: int = 0) -> Node:
     return ops_of(gm, name)[index]
 
 
+def given_as(gm: GraphModule, name: str) -> Node:
+    return next(node for node in gm.graph.nodes if node.name == name)
+
+
 def last_of(gm: GraphModule, name: str) -> Node:
     return ops_of(gm, name)[-1]
 
@@ -83,9 +88,9 @@ BREAKS = [
           r"releases slot 2 after getitem\w*: the edge from its last reader attend_merge\w* to "
           r"release\w* is missing"),
     Break("read after release", TWO,
-          lambda gm: op(gm, "attend_merge", 1).replace_input_with(
-              op(gm, "attend_merge", 1).args[4], op(gm, "attend_merge").args[4]),
-          "are no K and V of a slot"),
+          lambda gm: arguments(op(gm, "attend_merge", 1), k=op(gm, "attend_merge").args[4],
+                               v=op(gm, "attend_merge").args[5]),
+          r"reads the slot of prefetch\w* after its release: the edge from attend_merge\w* to the "),
     Break("another slot", TWO, lambda gm: arguments(op(gm, "prefetch", 1), slot=2),
           r"prefetch\w*: on h2d it writes slot 0 while attend_merge\w* on compute reads it: the "
           r"edge from attend_merge\w* to prefetch\w* is missing"),
@@ -104,7 +109,7 @@ BREAKS = [
     Break("another block", TWO, lambda gm: arguments(op(gm, "prefetch"), block=1),
           r"attends block 0 of group 0 in a slot that holds \(0, 0, 1\)"),
     Break("another layer", TWO,
-          lambda gm: arguments(op(gm, "prefetch"), layer=op(gm, "prefetch").args[1].next),
+          lambda gm: arguments(op(gm, "prefetch"), layer=given_as(gm, "next_layer")),
           "which is for the next site"),
     Break("span twice", plan_key(resident=2, host=0, pieces=(STAY,)),
           lambda gm: (arguments(op(gm, "resident", 1), block=0),
@@ -150,12 +155,13 @@ def test_a_broken_rule_is_named_with_its_ops_and_the_missing_edge(case: Break) -
 def models() -> Iterator[tuple[str, CompiledModel, dict[str, object], dict[str, object], int, int]]:
     """Name, model, options, cache options, prompt and chunk tokens."""
     llama = CompiledModel(tiny_llama(0))
-    for options, cache in (
+    cases: list[tuple[dict[str, object], dict[str, object]]] = [
         ({}, {}),
         ({"num_slots": 3, "prefetch_distance": 2, "head_group": 2}, {"gpu_budget": 20_000}),
         ({"num_slots": 4, "prefetch_distance": 1, "workspace_bytes": 1}, {"tail_tokens": 3}),
         ({"num_slots": 2, "disable_passes": ["hoist_prefetch"]}, {"gpu_budget": 40_000}),
-    ):
+    ]
+    for options, cache in cases:
         yield "llama", llama, options, {"page_tokens": 64, **cache}, 200, 90
     yield "llama", llama, {}, {"page_tokens": 2048}, 2130, 2066
     mistral = CompiledModel(tiny_mistral(0, window=40))
@@ -166,6 +172,9 @@ def models() -> Iterator[tuple[str, CompiledModel, dict[str, object], dict[str, 
 def schedules() -> list[tuple[str, Schedule, bool]]:
     """Every schedule and prologue of the test models, each structure once."""
     found: dict[tuple[PlanKey, bool], tuple[str, Schedule, bool]] = {}
+    threads = torch.get_num_threads()
+    # Threads only wait for each other on tensors this small.
+    torch.set_num_threads(1)
     with clean_dynamo():
         for name, model, options, cache_options, tokens, chunk in models():
             model.use(**options)
@@ -182,6 +191,7 @@ def schedules() -> list[tuple[str, Schedule, bool]]:
                     found[key, False] = name, schedule, False
                 for key, schedule in graph.prologues.items():
                     found[key, True] = name, schedule, True
+    torch.set_num_threads(threads)
     return list(found.values())
 
 
@@ -217,7 +227,7 @@ def check_all(schedules: list[tuple[str, Schedule, bool]], most: int) -> None:
 def test_no_mutant_of_a_small_schedule_survives(
     schedules: list[tuple[str, Schedule, bool]],
 ) -> None:
-    check_all(schedules, most=75)
+    check_all(schedules, most=45)
 
 
 @pytest.mark.slow

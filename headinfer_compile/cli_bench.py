@@ -1,0 +1,63 @@
+"""``headinfer bench``: runs a case of ``benchmarks/`` from a checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headinfer_compile.errors import OptionError
+
+#: Cases with what they answer; each is a module of ``benchmarks/`` with a --help of its own.
+CASES = {
+    "prefill": "tokens per second of chunked prefill, for every variant and context",
+    "decode": "seconds of one decode step, for every variant and context",
+    "memory": "fixed device bytes of a streamed cache against the context",
+    "startup": "what pinning host memory costs a prefill",
+    "compile_time": "seconds of compilation, against plain torch.compile",
+    "needle": "recall of planted pairs over depth and length",
+    "timeline": "kernels and copies of one decode step, by stream",
+    "roofline": "the rates of this machine",
+    "bars": "judges the results and writes bars.json",
+    "plots": "draws the pictures from the results",
+}
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For the command: every argument after the case, ``--help`` too, is the case's own."""
+
+
+def _find_root() -> Path:
+    """The checkout that holds ``benchmarks/``, which no wheel does."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "common.py").is_file():
+        raise OptionError(
+            "bench: the benchmarks are in the source tree and not in the installed package; clone "
+            "the repository, `pip install -e .[bench]` there, and run the command again"
+        )
+    return root
+
+
+def bench(
+    context: typer.Context,
+    case: Annotated[str | None, typer.Argument(help="One of the cases.")] = None,
+) -> None:
+    """Run a benchmark; what follows its name are its own arguments (CASE --help).
+
+    Example: headinfer bench decode --context 128K --synthetic --variants headinfer:0 paper
+    """
+    if case in (None, "--help", "-h"):
+        print("Usage: headinfer bench CASE [ARGUMENTS]...   (CASE --help for its arguments)\n")
+        for name, text in CASES.items():
+            print(f"  {name:<14}{text}")
+        return
+    if case not in CASES:
+        raise OptionError(f"bench {case}: no such case; there are {', '.join(CASES)}")
+    root = _find_root()
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    args = [arg for arg in context.args if arg != "--debug"]
+    command = [sys.executable, "-m", f"benchmarks.{case}", *args]
+    raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode)
