@@ -9,8 +9,8 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.bars import Results, read_results
 from benchmarks.common import RESULTS, Row, format_tokens, say
+from benchmarks.figures import Results, read_results
 
 mpl.use("Agg")
 

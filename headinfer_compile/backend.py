@@ -100,8 +100,8 @@ def compile_graph(
     Raises:
         DeclinedError: An attention is not supported and ``config.strict`` is set.
     """
-    handles = _handles(gm)
-    if not handles:
+    updates = _updates(gm)
+    if not updates:
         log.warning(
             "this graph uses no HeadInferCache, so nothing is offloaded and it is compiled with "
             "Inductor: pass past_key_values=HeadInferCache(model.config) to the call or to generate"
@@ -114,9 +114,9 @@ def compile_graph(
             "this call has gradients enabled, and HeadInferCache is for inference only: call the "
             "model under torch.no_grad() or torch.inference_mode(), or use generate()"
         )
-    if len(handles) > 1:
+    if len({update.args[0] for update in updates}) > 1:
         return _refuse("one call uses two HeadInferCaches: a graph serves one cache at a time")
-    return _compile(gm, example_inputs, config, handles.pop(), graph_type, keep_text)
+    return _compile(gm, example_inputs, config, updates, graph_type, keep_text)
 
 
 def _config(options: Mapping[str, Any] | None, mode: str | None) -> HeadInferConfig:
@@ -133,9 +133,9 @@ def _config(options: Mapping[str, Any] | None, mode: str | None) -> HeadInferCon
     )
 
 
-def _handles(gm: GraphModule) -> set[Node]:
-    updates = (torch.ops.headinfer.update_kv, torch.ops.headinfer.update_kv.default)
-    return {node.args[0] for node in gm.graph.nodes if node.target in updates}
+def _updates(gm: GraphModule) -> list[Node]:
+    update_kv = (torch.ops.headinfer.update_kv, torch.ops.headinfer.update_kv.default)
+    return [node for node in gm.graph.nodes if node.target in update_kv]
 
 
 def _without_sites(
@@ -160,11 +160,14 @@ def _compile(
     gm: GraphModule,
     example_inputs: Sequence[Any],
     config: HeadInferConfig,
-    handle: Node,
+    updates: Sequence[Node],
     graph_type: type[CompiledGraph],
     keep_text: bool,
 ) -> CompiledGraph:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    handle_index = placeholders.index(updates[0].args[0])
+    # Read now: the passes replace the updates.
+    last_layer = max(int(update.args[3]) for update in updates)  # type: ignore[arg-type]
     parameters = [
         index for index, value in enumerate(example_inputs) if isinstance(value, torch.nn.Parameter)
     ]
@@ -196,8 +199,8 @@ def _compile(
         config=config,
         sites=sites,
         report=report,
-        handle_index=placeholders.index(handle),
-        parameter_index=parameters[0] if parameters else placeholders.index(handle),
+        handle_index=handle_index,
+        parameter_index=parameters[0] if parameters else handle_index,
         positions_index=positions[0] if positions else None,
         last_layer=last_layer,
         dump=dump,

@@ -154,14 +154,14 @@ class HeadInferCache(Cache):
         Raises:
             CacheError: As ``Session.bind`` and ``Session.begin``; also eagerly under ``strict``.
         """
-        if layer_idx > self.last_layer:
-            raise CacheError(
-                f"layer {layer_idx} updates a cache whose last layer is {self.last_layer}: it was "
-                "made for another model's config; use HeadInferCache(model.config)"
-            )
         if torch.compiler.is_compiling():
+            past = self.length
+            if layer_idx > self.last_layer:
+                # A larger model: traced as it is and refused by the graph, since an error raised
+                # here would make Dynamo give up on this code for every model.
+                past = past - key_states.shape[2]
             full = torch.ops.headinfer.update_kv(
-                self.handle, key_states, value_states, layer_idx, self.length
+                self.handle, key_states, value_states, layer_idx, past
             )
         else:
             full = self._update_eagerly(key_states, value_states, layer_idx)
@@ -172,6 +172,11 @@ class HeadInferCache(Cache):
     def _update_eagerly(
         self, k: torch.Tensor, v: torch.Tensor, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer > self.last_layer:
+            raise CacheError(
+                f"layer {layer} updates a cache whose last layer is {self.last_layer}: it was made "
+                "for another model's config; use HeadInferCache(model.config)"
+            )
         if not self._warned:
             message = _why_eager(sys._getframe(2))
             if self.strict:
@@ -182,8 +187,9 @@ class HeadInferCache(Cache):
         if session.length != self.length:
             # A compiled call was cut short after its graph and before its cache update.
             self.length = session.length
+        full = update_without_schedule(session, layer, k, v, self.length)
         session.counters.eager_updates += 1
-        return update_without_schedule(session, layer, k, v, self.length)
+        return full
 
     @property
     def session(self) -> Session:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch._guards import CompileContext
 from torch._logging._internal import trace_log, trace_structured
 from torch.fx import Graph, GraphModule
 from torch.fx.node import has_side_effect
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 _C = TypeVar("_C", PassContext, PlanContext)
 
-for _name in ("update_kv", "attention", "pack", "offload", "prefetch", "wait", "release", "drop"):
+for _name in ("update_kv", "attention", "pack", "offload", "prefetch", "wait", "release"):
     has_side_effect(getattr(torch.ops.headinfer, _name).default)
 
 
@@ -87,6 +88,8 @@ class Dump:
     def __init__(self, debug_dir: str | None) -> None:
         self._folder = None if debug_dir is None else Path(debug_dir)
         self._count = 0
+        # Schedules are built while the graph runs, outside the frame that they belong to.
+        self._compile_id = CompileContext.current_compile_id()
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -108,11 +111,12 @@ class Dump:
                 "encoding": "string",
             },
             payload_fn=lambda: text,
+            compile_id=self._compile_id,
         )
         if self._folder is not None:
             path = self._folder / f"{self._count:03d}_{name}.py"
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
         self._count += 1
 

@@ -376,5 +376,5 @@ def _rules() -> dict[object, tuple[Rule, tuple[str, ...]]]:
     return found
 
 
-#: Rule and argument names of each op that a schedule may contain; ``drop`` is the executor's.
+#: Rule and argument names of each op that a schedule may contain.
 RULES = _rules()

@@ -16,7 +16,6 @@
 | attend_resident | compute | pack | (out, lse) of one query over the tail and all resident blocks |
 | release | compute | - | the slot may be refilled after this point |
 | store | compute | - | writes a finished accumulator into the result |
-| drop | compute | prefetch | gives up a transfer that nobody will read |
 
 ``handle`` is a 0-d int64 CPU tensor whose attribute ``session`` is the ``Session``: a graph input
 that no guard specialises on. Tokens (packed, offloaded, transfer, release) are ints: every
@@ -109,7 +108,6 @@ OPS: dict[str, _Op] = {
         "compute",
         transfer_ops.release,
     ),
-    "drop": ("(Tensor handle, int transfer) -> int", "compute", transfer_ops.drop),
     "output": ("(Tensor handle, Tensor q, int spec) -> Tensor", "compute", block_ops.output),
     "attend": (
         "(Tensor handle, Tensor q, Tensor k, Tensor v, Tensor[] masks, int spec, int group, "

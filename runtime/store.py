@@ -78,9 +78,11 @@ class Store:
         if self.closed:
             raise ClosedError("this HeadInferCache was closed and holds nothing: make a new one")
         found, device = self.geometry_of(k, v), self.options.device
-        if device is not None and found.device not in (device, torch.device(device.type, 0)):
+        if device is not None and (
+            device.type != k.device.type or device.index not in (None, k.device.index)
+        ):
             raise CacheError(
-                f"K and V came on {found.device} and this cache was made with device={device}: move "
+                f"K and V came on {k.device} and this cache was made with device={device}: move "
                 "the model there, or leave device out"
             )
         if self.geometry is None:
@@ -249,6 +251,8 @@ class Store:
     def free(self) -> None:
         """Wait for the copies in flight and give all memory back; ``bind`` may follow."""
         if self.geometry is not None:
+            # Compute may still read pinned pages (a gather without a schedule).
+            self.streams.join("h2d", "compute")
             self.streams.drain()
             self.table.close()
             del self.tail

@@ -42,9 +42,12 @@ class Streams:
             self._compute = torch.cuda.current_stream(device)
 
     def begin_step(self) -> None:
-        """Learn which stream the caller computes on."""
+        """Learn which stream the caller computes on; a new one follows what the last one did."""
         if self.is_cuda:
-            self._compute = torch.cuda.current_stream(self.device)
+            current = torch.cuda.current_stream(self.device)
+            if current != self._compute:
+                current.wait_stream(self._compute)
+                self._compute = current
 
     def new_event(self, name: str) -> Event:
         """A fresh, unrecorded event; ``name`` says what it stands for, ``"slot.filled"`` say."""

@@ -168,15 +168,6 @@ def release(session: Session, transfer: int, last: torch.Tensor) -> int:
     return transfer
 
 
-def drop(session: Session, transfer: int) -> int:
-    """Give up a transfer that nobody will read."""
-    slot = session.slot_ring().find(transfer)
-    session.streams.wait(slot.filled, "compute")
-    session.streams.record(slot.freed, "compute")
-    slot.released = True
-    return transfer
-
-
 def update_without_schedule(
     session: Session, layer: int, k: torch.Tensor, v: torch.Tensor, past: int
 ) -> Views:

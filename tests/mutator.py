@@ -84,9 +84,7 @@ def _moved(gm: GraphModule, nodes: list[Node]) -> Iterator[Mutant]:
                     inner[at - 1].append(node)
 
 
-def _changed(
-    gm: GraphModule, nodes: list[Node], ops: list[Node], key: PlanKey
-) -> Iterator[Mutant]:
+def _changed(gm: GraphModule, nodes: list[Node], ops: list[Node], key: PlanKey) -> Iterator[Mutant]:
     for node in [n for n in nodes if n.op in ("call_function", "output")]:
         before = node.args
         returned = before[0] if node.op == "output" else before
@@ -202,6 +200,7 @@ def meaning(gm: GraphModule, key: PlanKey) -> object:
             before[node] = bits
             order.append(node)
             last[STREAMS[name]] = node
+
     def ordered(first: Node, second: Node) -> bool:
         return bool(before[second] >> order.index(first) & 1)
 

@@ -35,8 +35,8 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def llama(run_seed: int) -> Explanation:
-    """Five layers, first and later chunk and decode."""
-    return of_context(tiny_llama(run_seed, layers=5).config, 100, 32)
+    """Three layers, first and later chunk and decode."""
+    return of_context(tiny_llama(run_seed, layers=3).config, 100, 32)
 
 
 def of_context(model: Any, context: int, chunk: int, **kwargs: Any) -> Explanation:
@@ -62,7 +62,11 @@ def gemma(**kwargs: Any) -> Gemma3TextConfig:
 
 @pytest.mark.parametrize(
     ("budget", "options"),
-    [(20_000, {}), (0, {"num_slots": 2, "head_group": 1, "workspace_bytes": 40_000})],
+    [
+        (20_000, {"num_slots": 2, "head_group": 1, "workspace_bytes": 40_000}),
+        pytest.param(0, {}, marks=pytest.mark.slow),
+        pytest.param(20_000, {}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_plan_is_that_of_a_real_run(seed: int, budget: int, options: dict[str, Any]) -> None:
     """Plan keys, bytes of every step and bytes of every buffer, as traced on meta and as run."""
@@ -106,16 +110,16 @@ def test_a_config_at_a_context(llama: Explanation) -> None:
         "first chunk", "later chunk", "decode",
     ]  # fmt: skip
     assert not llama.declines
-    assert len(llama.sites) == 15
+    assert len(llama.sites) == 9
     for graph in llama.graphs:
         report = graph.report
-        assert [site.layer for site in report.sites] == list(range(5))
+        assert [site.layer for site in report.sites] == [0, 1, 2]
         assert [entry.name for entry in report.passes] == PASSES
         assert all("def forward" in entry.text for entry in report.passes)
-        assert report.passes[0].ops_changed["headinfer.attention.default"] == 5
-        assert (report.regions.num_regions, report.regions.num_unique) == (6, 3)
+        assert report.passes[0].ops_changed["headinfer.attention.default"] == 3
+        assert (report.regions.num_regions, report.regions.num_unique) == (4, 3)
         kinds = [call.kind for call in graph.calls]
-        assert kinds == ["region", *["site", "region"] * 5]
+        assert kinds == ["region", *["site", "region"] * 3]
         for site in report.sites:
             assert (site.num_heads, site.num_kv_heads, site.head_dim) == (6, 3, 8)
             assert site.mask is not None and site.mask.causal and site.mask.expr is None
@@ -125,15 +129,15 @@ def test_a_config_at_a_context(llama: Explanation) -> None:
 def test_the_report(llama: Explanation, tmp_path: Path) -> None:
     report = str(llama)
     for words in (
-        "5 rewritten, layers 0-4: 6 query heads over 3 KV heads of 8, scale 0.353553",
+        "3 rewritten, layers 0-2: 6 query heads over 3 KV heads of 8, scale 0.353553",
         "mask: kv <= q + past (proved)",
         "sdpa_attention.py:",
-        "6 regions, 3 of them unique",
-        "4 times, to region_4:",
-        "ops moved into 6 regions",
+        "4 regions, 3 of them unique",
+        "2 times, to region_2:",
+        "ops moved into 4 regions",
         "3 slots of 16 tokens, transfers 2 ahead",
-        "layers 0-3 attend the new tokens, 0 resident and 4 host KV blocks",
-        "as that of layers 0-3, but with 0 transfers started for the next site",
+        "layers 0-1 attend the new tokens, 0 resident and 4 host KV blocks",
+        "as that of layers 0-1, but with 0 transfers started for the next site",
         "# h2d, after release_default",
         "# d2h, after pack_default",
         "100 tokens of context in chunks of 32",
@@ -166,11 +170,12 @@ def test_windows_and_classes() -> None:
 
 
 def test_an_attention_that_is_left_alone() -> None:
-    config = gemma(attn_implementation="eager")
+    config = tiny_llama(0, layers=1).config
+    config._attn_implementation = "eager"
     explanation = of_context(config, 40, 40)
     graph = explanation.graphs[0]
     assert graph.step is None and not graph.report.sites
-    assert [call.kind for call in graph.calls if call.kind != "region"] == ["update_kv"] * 3
+    assert [call.kind for call in graph.calls if call.kind != "region"] == ["update_kv"]
     assert "none rewritten" in str(explanation)
 
 
@@ -212,20 +217,18 @@ def test_a_live_call_makes_its_own_cache(seed: int) -> None:
 
 
 def test_a_live_model_at_a_context_is_not_run(seed: int) -> None:
-    model = tiny_mistral(seed, window=20).to(torch.bfloat16)
+    model = tiny_mistral(seed, window=20, layers=1).to(torch.bfloat16)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     explanation = of_context(model, 64, 16)
     assert "bfloat16" in explanation.title
-    assert [site.mask.window for site in explanation.graphs[1].report.sites if site.mask] == [
-        20,
-        20,
-    ]
+    later = explanation.graphs[1].report
+    assert [site.mask.window for site in later.sites if site.mask] == [20]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert model._compiled_call_impl is None
 
 
 def test_options_change_the_plan(seed: int) -> None:
-    config = tiny_llama(seed).config
+    config = tiny_llama(seed, layers=1).config
     straight = {"head_group": 3, "disable_passes": ("hoist_prefetch",)}
     wide = of_context(config, 800, 800, options=straight)
     narrow = of_context(config, 800, 800, options={"head_group": 1})
@@ -242,11 +245,11 @@ def test_options_change_the_plan(seed: int) -> None:
 def test_long_contexts_take_no_memory() -> None:
     """A plan of 1M tokens of a model with 16 GiB of KV per 128K: nothing of it is allocated."""
     config = LlamaConfig(
-        vocab_size=128, hidden_size=4096, intermediate_size=128, num_hidden_layers=2,
+        vocab_size=128, hidden_size=4096, intermediate_size=128, num_hidden_layers=1,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, dtype=torch.bfloat16,
     )  # fmt: skip
     stats = explain(config, context="1M").storage
-    assert stats.kv_bytes == 1_048_577 * 2 * 2 * 8 * 128 * 2
+    assert stats.kv_bytes == 1_048_577 * 2 * 8 * 128 * 2
     assert stats.host_bytes >= stats.kv_bytes - stats.tail_bytes
     assert stats.fixed_bytes < 1 << 30
 
@@ -260,7 +263,7 @@ class Other(torch.nn.Module):
 
 def test_models_of_one_class_in_one_process() -> None:
     """Dynamo makes a symbol of a float that differs: the scale of a second head size."""
-    for dim in (8, 16, 32):
+    for dim in (8, 16):
         config = LlamaConfig(
             vocab_size=97, hidden_size=4 * dim, intermediate_size=64, num_hidden_layers=1,
             num_attention_heads=4, num_key_value_heads=2, head_dim=dim,

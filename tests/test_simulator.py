@@ -239,5 +239,3 @@ def test_a_copy_stream_may_touch_only_memory_of_the_session(model: CompiledModel
         with simulation.on("d2h"), pytest.raises(HeadInferError, match="not the session's"):
             torch.zeros(2).copy_(torch.ones(2))
         assert simulation.edges
-
-

