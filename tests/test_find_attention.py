@@ -1,4 +1,7 @@
-"""find_attention on small graphs: what becomes a site, with which numbers, and what is declined."""
+"""find_attention on small programs: what becomes a site, with which numbers, and what is declined.
+
+Legend: B batch, Hq query heads, Hkv KV heads, n new tokens, S all tokens, D head dim.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,46 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch.fx import GraphModule
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-import headinfer_compile.runtime.ops  # noqa: F401  (registers torch.ops.headinfer)
-from headinfer_compile import HeadInferConfig
+from headinfer_compile import HeadInferCache, HeadInferConfig, headinfer
 from headinfer_compile.errors import DeclinedError
 from headinfer_compile.passes import find_attention
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
+from headinfer_compile.passes.graph_utils import calls
 
-BATCH, HEADS, KV_HEADS, DIM, NEW = 2, 6, 3, 8, 5
 ATTENTION = torch.ops.headinfer.attention.default
-UPDATE = torch.ops.headinfer.update_kv.default
+HEADS, KV_HEADS, DIM = 6, 3, 8
 FLASH_SCHEMA = (
     "_flash_attn_forward(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, "
     "bool causal, SymInt window_size_left, SymInt window_size_right, float softcap, "
     "Tensor? alibi_slopes, bool return_softmax) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
-Program = Callable[..., Any]
+Program = Callable[[Any, Tensor, Tensor, Tensor], Any]
+
+
+class ResidentCache:
+    """All K and V of one layer, concatenated."""
+
+    def __init__(self) -> None:
+        self.kv: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """``[B, Hkv, n, D]`` in, ``[B, Hkv, S, D]`` out."""
+        self.kv.append((k, v))
+        keys, values = zip(*self.kv, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+def offloaded() -> HeadInferCache:
+    """A cache of one layer whose tokens go to host pages of 8."""
+    return HeadInferCache.from_shape(
+        num_layers=1, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=torch.float32,
+        gpu_budget=0, page_tokens=8, tail_tokens=4,
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,16 +64,18 @@ def _clean() -> Iterator[None]:
 
 @pytest.fixture
 def flash() -> Iterator[Any]:
-    """``torch.ops.flash_attn._flash_attn_forward``: the package's, or its schema with plain maths."""
+    """``torch.ops.flash_attn._flash_attn_forward``; its schema with plain maths where it is absent."""
     if importlib.util.find_spec("flash_attn") is not None:
-        yield pytest.importorskip("flash_attn") and torch.ops.flash_attn._flash_attn_forward
+        importlib.import_module("flash_attn")
+        yield torch.ops.flash_attn._flash_attn_forward
         return
     library = torch.library.Library("flash_attn", "FRAGMENT")
     library.define(FLASH_SCHEMA)
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, p: float, scale: float, causal: bool, *_: Any) -> Any:
-        ratio = q.shape[2] // k.shape[2]
-        k, v = (x.repeat_interleave(ratio, 2) for x in (k, v))
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, p: float, scale: float, causal: bool, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
         if causal:
             n, total = scores.shape[-2:]
@@ -59,7 +84,7 @@ def flash() -> Iterator[Any]:
         out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
         return out, scores.logsumexp(-1), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
 
-    def fake(q: Tensor, *_: Any) -> Any:
+    def fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
         return torch.empty_like(q), lse, q.new_empty(0), q.new_empty(2, dtype=torch.int64)
 
@@ -69,21 +94,217 @@ def flash() -> Iterator[Any]:
     library._destroy()
 
 
-def capture(program: Program, *inputs: Any) -> GraphModule:
-    """The graph that Dynamo hands a backend."""
-    graphs: list[GraphModule] = []
+def repeat_kv(x: Tensor) -> Tensor:
+    """``[B, Hkv, S, D]`` to ``[B, Hq, S, D]`` as models without grouped attention write it."""
+    batch, heads, tokens, dim = x.shape
+    ratio = HEADS // heads
+    expanded = x[:, :, None, :, :].expand(batch, heads, ratio, tokens, dim)
+    return expanded.reshape(batch, heads * ratio, tokens, dim)
+
+
+def causal_mask(q: Tensor, keys: Tensor) -> Tensor | None:
+    """``[n, S]`` by index arithmetic; None for one query, which sees everything."""
+    new, total = q.shape[2], keys.shape[2]
+    if new == 1:
+        return None
+    return torch.arange(total) <= torch.arange(new)[:, None] + (total - new)
+
+
+def grouped(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    return sdpa(q, keys, values, attn_mask=causal_mask(q, keys), enable_gqa=True)
+
+
+def repeated(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    mask = causal_mask(q, keys)
+    return sdpa(q, repeat_kv(keys), repeat_kv(values).contiguous(), mask, scale=0.7)
+
+
+def positional_is_causal(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    if keys.shape[2] == q.shape[2]:
+        return sdpa(q, keys, values, None, 0.0, True, enable_gqa=True)
+    return sdpa(q, keys, values, causal_mask(q, keys), 0.0, False, enable_gqa=True)
+
+
+def unmasked(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    return sdpa(q, keys, values, enable_gqa=True)
+
+
+def flash_program(**changed: Any) -> Program:
+    """A program over the flash_attn operator with ``changed`` arguments."""
+    options = {
+        "dropout_p": 0.0, "softmax_scale": 0.4, "causal": True, "window_size_left": -1,
+        "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None, "return_softmax": False,
+        **changed,
+    }  # fmt: skip
+
+    def program(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (x.transpose(1, 2) for x in cache.update(k, v, 0))
+        op = torch.ops.flash_attn._flash_attn_forward
+        out = op(q.transpose(1, 2), keys, values, **options)[0]
+        return out.transpose(1, 2)
+
+    return program
+
+
+def inputs(seed: int, new: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q ``[B, Hq, n, D]`` and k, v ``[B, Hkv, n, D]``."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, heads, new, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    return q, k, v
+
+
+def called(gm: GraphModule, op: torch._ops.OpOverload) -> list[Node]:
+    """The nodes that call ``op``."""
+    return [node for node in gm.graph.nodes if calls(node, op)]
+
+
+def found(program: Program, strict: bool = False) -> tuple[GraphModule, PassContext]:
+    """The graph of a first call after the pass."""
+    results: list[tuple[GraphModule, PassContext]] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
-        assert detect_fake_mode() is not None
-        graphs.append(gm)
-        return gm.forward
+        ctx = PassContext(HeadInferConfig(strict=strict), example_inputs, pass_name="find_attention")
+        results.append((find_attention.run(gm, ctx), ctx))
+        gm.graph.lint()
+        raise DeclinedError("captured")
 
-    handle = torch.zeros((), dtype=torch.int64)
-    # The operator needs a session to run; only the graph is wanted.
-    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
-        pass
-    torch.compile(program, backend=_stop(graphs), fullgraph=True)
-    compiled = torch.compile(program, backend=_stop(graphs), fullgraph=True)
-    with pytest.raises(_Captured):
-        compiled(handle, *inputs)
-    return graphs[0]
+    with pytest.raises(BackendCompilerFailed):
+        torch.compile(program, backend=backend, fullgraph=True)(offloaded(), *inputs(0, 7))
+    return results[0]
+
+
+def assert_exact(program: Program, seed: int, rewritten: bool = True) -> HeadInferCache:
+    """Compare the compiled program with itself over ``ResidentCache``, chunk after chunk."""
+    compiled = torch.compile(program, backend=headinfer, options={"lowering": "eager"})
+    cache, resident = offloaded(), ResidentCache()
+    for step, new in enumerate((20, 9, 1, 1, 1, 1, 70)):
+        qkv = inputs(seed + step, new)
+        torch.testing.assert_close(compiled(cache, *qkv), program(resident, *qkv), rtol=1e-5, atol=1e-5)
+    stats = cache.stats()
+    assert stats.eager_updates == 0
+    assert stats.sites_rewritten == int(rewritten)
+    assert stats.materialised_layers == int(not rewritten)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("program", "scale"),
+    [
+        (grouped, DIM**-0.5),
+        (repeated, 0.7),
+        (positional_is_causal, DIM**-0.5),
+        (unmasked, DIM**-0.5),
+        (flash_program(), 0.4),
+        (flash_program(causal=False), 0.4),
+    ],
+    ids=["gqa", "repeat_kv", "is_causal", "unmasked", "flash", "flash_full"],
+)
+def test_found_and_exact(flash: Any, seed: int, program: Program, scale: float) -> None:
+    gm, ctx = found(program)
+    (node,) = called(gm, ATTENTION)
+    assert not called(gm, torch.ops.headinfer.update_kv.default)
+    assert ctx.declines == []
+    site = node.meta[META]
+    assert isinstance(site, AttentionSite)
+    assert ctx.sites == [site]
+    shape = (site.num_heads, site.num_kv_heads, site.head_dim, site.v_head_dim)
+    assert shape == (HEADS, KV_HEADS, DIM, DIM)
+    assert site.layer == site.index == 0
+    assert site.scale == pytest.approx(scale)
+    assert site.mask is None
+    assert __file__ in site.source
+    assert node.meta["example_value"].shape == (2, HEADS, 7, DIM)
+    assert_exact(program, seed)
+
+
+def test_nothing_else_is_left_or_lost() -> None:
+    gm, _ = found(lambda cache, q, k, v: positional_is_causal(cache, q * 2, k, v) + 1)
+    nodes = [node for node in gm.graph.nodes if node.op.startswith("call")]
+    names = [getattr(node.target, "__name__", str(node.target)) for node in nodes]
+    assert names == ["mul", "attention.default", "add"]
+    assert nodes[1].args[1] is nodes[0]
+    assert nodes[2].args[0] is nodes[1]
+
+
+def dropout(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    return sdpa(q, keys, values, dropout_p=1e-12, enable_gqa=True)
+
+
+def other_reader(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    return sdpa(q, keys, values, enable_gqa=True) + keys.mean()
+
+
+def swapped(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    return sdpa(q, values, keys, enable_gqa=True)
+
+
+def changed_keys(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    return sdpa(q, keys * 2, values, enable_gqa=True)
+
+
+def no_attention(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    scores = (q @ repeat_kv(keys).transpose(2, 3)).softmax(-1)
+    return scores @ repeat_kv(values)
+
+
+def interleaved(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Repeats heads in another order than grouped attention does."""
+    keys, values = (torch.cat([x, x], 1) for x in cache.update(k, v, 0))
+    return sdpa(q, keys, values)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (dropout, "dropout_p=1e-12 is not zero"),
+        (other_reader, "K or V of the cache is also read by"),
+        (swapped, "K and V of the cache are swapped"),
+        (changed_keys, "its K or V is not the output of a HeadInferCache update"),
+        (interleaved, "its K or V is not the output of a HeadInferCache update"),
+        (no_attention, "is no attention that this pass knows"),
+        (flash_program(softcap=30.0), "soft cap or ALiBi"),
+        (flash_program(window_size_left=4), "a window is given"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_declined_and_exact(flash: Any, seed: int, program: Program, reason: str) -> None:
+    gm, ctx = found(program)
+    assert ctx.sites == []
+    assert not called(gm, ATTENTION)
+    decline = ctx.declines[0]
+    assert reason in decline.reason
+    assert decline.pass_name == "find_attention"
+    assert __file__ in decline.source
+    assert_exact(program, seed, rewritten=False)
+
+
+@pytest.mark.parametrize("program", [dropout, other_reader, no_attention])
+def test_strict_raises(program: Program) -> None:
+    model = torch.compile(program, backend=headinfer, options={"lowering": "eager", "strict": True})
+    with pytest.raises(BackendCompilerFailed, match=r"is left alone: .*test_find_attention\.py:\d+") as e:
+        model(offloaded(), *inputs(0, 7))
+    assert isinstance(e.value.inner_exception, DeclinedError)
+
+
+def test_v_of_another_width(seed: int) -> None:
+    """K and V need not have the same head dim."""
+
+    def program(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = cache.update(k, v[..., :5], 0)
+        return sdpa(q, keys, values, attn_mask=causal_mask(q, keys), enable_gqa=True)
+
+    gm, ctx = found(program)
+    assert [(site.head_dim, site.v_head_dim) for site in ctx.sites] == [(DIM, 5)]
+    (node,) = called(gm, ATTENTION)
+    assert node.meta["example_value"].shape == (2, HEADS, 7, 5)
+    assert_exact(program, seed)

@@ -139,7 +139,7 @@ BREAKS = [
           lambda gm: arguments(op(gm, "prefetch"), base=0), "takes 0 as base"),
     Break("stray op", TWO,
           lambda gm: op(gm, "store").append(gm.graph.call_function(
-              torch.ops.headinfer.drop.default, (op(gm, "store").args[0], 1))),
+              torch.ops.aten.alias.default, (op(gm, "store"),))),
           "is no operator of a schedule"),
 ]  # fmt: skip
 
