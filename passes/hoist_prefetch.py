@@ -65,8 +65,11 @@ def run(gm: GraphModule, ctx: PlanContext) -> GraphModule:
 
 def _first_use(graph: Graph, out: Node) -> Node:
     """Where a transfer that waits for nothing of this site may start: before the first attend."""
-    attends = nodes_of(graph, torch.ops.headinfer.attend.default)
-    return attends[0] if attends else out
+    attends = (
+        torch.ops.headinfer.attend.default,
+        torch.ops.headinfer.attend_resident.default,
+    )
+    return next((node for node in graph.nodes if node.target in attends), out)
 
 
 def prologue(gm: GraphModule, ctx: PlanContext) -> GraphModule:
