@@ -143,9 +143,9 @@ class CompiledGraph:
     def _claim(self, session: Session, args: Sequence[Any]) -> None:
         if self.last_layer != session.last_layer:
             raise CacheError(
-                f"this graph updates layers up to {self.last_layer} and the cache expects layers up "
-                f"to {session.last_layer}: it was made for another model's config, or Dynamo broke "
-                "the model into several graphs (TORCH_LOGS=graph_breaks shows why)"
+                f"this graph updates layers up to {self.last_layer} and the cache expects layers "
+                f"up to {session.last_layer}: it was made for another model's config, or Dynamo "
+                "broke the model into several graphs (TORCH_LOGS=graph_breaks shows why)"
             )
         if self.positions_index is not None:
             self._check_positions(session, args[self.positions_index])

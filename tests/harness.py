@@ -55,7 +55,8 @@ def tiny_llama(
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    return model
 
 
 def tiny_mistral(seed: int, window: int, layers: int = 2) -> MistralForCausalLM:
@@ -75,7 +76,8 @@ def tiny_mistral(seed: int, window: int, layers: int = 2) -> MistralForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return MistralForCausalLM(config).eval()
+    model: MistralForCausalLM = MistralForCausalLM(config).eval()
+    return model
 
 
 def random_ids(seed: int, tokens: int, batch: int = 1) -> Tensor:
@@ -155,7 +157,7 @@ class CompiledModel:
         self, seed: int, tokens: int, new: int, batch: int = 1, after: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Run]:  # fmt: skip
-        """Random tokens (following ``after``) on which the oracle has no tie, and its run on them."""
+        """Random tokens (after ``after``) on which the oracle has no tie, and its run on them."""
         for attempt in range(20):
             ids = random_ids(seed + 7919 * attempt, tokens, batch)
             ids = ids if after is None else torch.cat([after, ids], dim=1)

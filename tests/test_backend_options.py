@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
 from harness import (
     MAX_LOGIT_DIFFERENCE,
     CompiledModel,
@@ -19,8 +21,6 @@ from harness import (
     random_ids,
     tiny_llama,
 )
-from torch._dynamo.exc import BackendCompilerFailed
-
 from headinfer_compile import headinfer
 from headinfer_compile.backend import configure_dynamo
 from headinfer_compile.errors import DeclinedError, HeadInferError, OptionError
@@ -48,8 +48,14 @@ def compiled(m: CompiledModel, attention: str = "sdpa", **how: Any) -> Any:
     ("how", "message"),
     [
         ({"options": {"num_slot": 2}}, "unknown option 'num_slot': did you mean 'num_slots'"),
-        ({"options": {"workspace_bytes": "1 league"}}, "workspace_bytes='1 league': not a byte count"),
-        ({"options": {"workspace_bytes": -1}}, "workspace_bytes=-1: a byte count cannot be negative"),
+        (
+            {"options": {"workspace_bytes": "1 league"}},
+            "workspace_bytes='1 league': not a byte count",
+        ),
+        (
+            {"options": {"workspace_bytes": -1}},
+            "workspace_bytes=-1: a byte count cannot be negative",
+        ),
         ({"options": {"num_slots": 1}}, "num_slots=1: expected an int of at least 2"),
         ({"options": {"disable_passes": ["verify"]}}, "only hoist_prefetch may be disabled"),
         ({"mode": "fastest"}, "mode='fastest': expected 'default', 'reduce-overhead'"),
@@ -89,7 +95,9 @@ def test_options_reach_the_run(seed: int, tmp_path: Path) -> None:
     names = {name[4:].removesuffix(".py") for name in dumped}
     assert {"dynamo", "find_attention", "recover_mask", "partition", "insert_transfers"} <= names
     assert "hoist_prefetch" not in names
-    assert [name[:3] for name in dumped] == [f"{i:03d}" for i in range(len(dumped))] or len(dumped) > 9
+    assert [name[:3] for name in dumped] == [f"{i:03d}" for i in range(len(dumped))] or len(
+        dumped
+    ) > 9
     assert (tmp_path / "dump").stat().st_mode & 0o077 == 0
 
 

@@ -1,4 +1,4 @@
-"""Wrong use of a cache: a clear error each, and what is stored goes on as if nothing had happened."""
+"""Wrong use of a cache: a clear error each, and what is stored goes on as if it had not happened."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, MambaConfig, T5Config
+
 from harness import (
     CHUNKED_TURNS,
     CompiledModel,
@@ -19,9 +22,6 @@ from harness import (
     random_ids,
     tiny_llama,
 )
-from torch import Tensor
-from transformers import LlamaConfig, MambaConfig, T5Config
-
 from headinfer_compile import HeadInferCache, headinfer
 from headinfer_compile.errors import (
     CacheError,
@@ -107,7 +107,9 @@ def test_the_batch_changes(
 ) -> None:
     cache, tokens = used
     ids = torch.cat([tokens, random_ids(seed, 3)], 1).repeat(2, 1)
-    with pytest.raises(CacheError, match="batch=1, and K and V came with batch=2: batch size changed"):
+    with pytest.raises(
+        CacheError, match="batch=1, and K and V came with batch=2: batch size changed"
+    ):
         generate(llama.model, ids, cache, NEW)
     assert_intact(llama, seed, used)
 
@@ -145,7 +147,9 @@ def test_host_memory_for_the_next_page(llama: CompiledModel, seed: int) -> None:
     cache = llama.cache(host_budget=48 * llama.token_bytes)
     assert_same(generate(llama.model, ids, cache, NEW), oracle)
     long = torch.cat([oracle.tokens, random_ids(seed, 20)], 1)
-    with pytest.raises(DoesNotFitError, match=r"64 tokens need .* host_budget is .*about 48 tokens"):
+    with pytest.raises(
+        DoesNotFitError, match=r"64 tokens need .* host_budget is .*about 48 tokens"
+    ):
         generate(llama.model, long, cache, NEW)
     assert cache.get_seq_length() == cache.stats().tokens == HELD
     # 44 tokens, one more, and three of the four that follow are all that 48 have room for.
@@ -220,7 +224,9 @@ def test_beams(llama: CompiledModel, seed: int, used: tuple[HeadInferCache, Tens
 def test_models_without_a_cache_of_this_kind() -> None:
     with pytest.raises(CacheError, match="T5Config is an encoder-decoder"):
         HeadInferCache(T5Config())
-    with pytest.raises(CacheError, match="MambaConfig has no attention layer: it keeps no KV cache"):
+    with pytest.raises(
+        CacheError, match="MambaConfig has no attention layer: it keeps no KV cache"
+    ):
         HeadInferCache(MambaConfig())
 
 
@@ -277,7 +283,9 @@ def test_a_second_chunked_turn_on_old_transformers(
 ) -> None:
     cache, tokens = used
     ids = torch.cat([tokens, random_ids(seed, 30)], 1)
-    with pytest.raises(CacheError, match=r"start at position 0 again.*Leave prefill_chunk_size out"):
+    with pytest.raises(
+        CacheError, match=r"start at position 0 again.*Leave prefill_chunk_size out"
+    ):
         generate(llama.model, ids, cache, NEW, prefill_chunk_size=16)
     assert_intact(llama, seed, used)
 

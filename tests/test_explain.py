@@ -153,20 +153,20 @@ def test_the_report(llama: Explanation, tmp_path: Path) -> None:
 
 
 def test_windows_and_classes() -> None:
-    explanation = of_context(gemma(), 100, 32)
+    explanation = of_context(gemma(), 100, 100)
     assert not explanation.declines
-    later = explanation.graphs[1]
-    windows = [site.mask.window for site in later.report.sites if site.mask]
+    decode = explanation.graphs[1]
+    windows = [site.mask.window for site in decode.report.sites if site.mask]
     assert windows == [24, None]
-    assert later.step is not None
-    hosts = {item.layers: item.schedule.key.host for item in later.step.schedules}
-    # 64 tokens before in blocks of 16: all of them, or the last 24 tokens.
+    assert decode.step is not None
+    hosts = {item.layers: item.schedule.key.host for item in decode.step.schedules}
+    # 100 tokens before in blocks of 16: all of them, or those with the last 23.
     assert {layer: count for layers, count in hosts.items() for layer in layers} == {
-        0: 2, 1: 4,
+        0: 3, 1: 7,
     }  # fmt: skip
     report = str(explanation)
     assert "1 rewritten, layers 0:" in report and "1 rewritten, layers 1:" in report
-    assert {call.same_as for call in later.calls if call.kind == "site"} == {"class 0", "class 1"}
+    assert {call.same_as for call in decode.calls if call.kind == "site"} == {"class 0", "class 1"}
 
 
 def test_an_attention_that_is_left_alone() -> None:
@@ -217,12 +217,12 @@ def test_a_live_call_makes_its_own_cache(seed: int) -> None:
 
 
 def test_a_live_model_at_a_context_is_not_run(seed: int) -> None:
-    model = tiny_mistral(seed, window=20, layers=1).to(torch.bfloat16)
+    model = tiny_mistral(seed, window=20, layers=1).bfloat16()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    explanation = of_context(model, 64, 16)
+    explanation = of_context(model, 64, 64)
     assert "bfloat16" in explanation.title
-    later = explanation.graphs[1].report
-    assert [site.mask.window for site in later.sites if site.mask] == [20]
+    decode = explanation.graphs[1].report
+    assert [site.mask.window for site in decode.sites if site.mask] == [20]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert model._compiled_call_impl is None
 

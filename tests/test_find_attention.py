@@ -64,7 +64,7 @@ def _clean() -> Iterator[None]:
 
 @pytest.fixture
 def flash() -> Iterator[Any]:
-    """``torch.ops.flash_attn._flash_attn_forward``; its schema with plain maths where it is absent."""
+    """``torch.ops.flash_attn._flash_attn_forward``; its schema with plain maths if absent."""
     if importlib.util.find_spec("flash_attn") is not None:
         importlib.import_module("flash_attn")
         yield torch.ops.flash_attn._flash_attn_forward
@@ -145,7 +145,8 @@ def flash_program(**changed: Any) -> Program:
         keys, values = (x.transpose(1, 2) for x in cache.update(k, v, 0))
         op = torch.ops.flash_attn._flash_attn_forward
         out = op(q.transpose(1, 2), keys, values, **options)[0]
-        return out.transpose(1, 2)
+        result: Tensor = out.transpose(1, 2)
+        return result
 
     return program
 
@@ -168,7 +169,9 @@ def found(program: Program, strict: bool = False) -> tuple[GraphModule, PassCont
     results: list[tuple[GraphModule, PassContext]] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
-        ctx = PassContext(HeadInferConfig(strict=strict), example_inputs, pass_name="find_attention")
+        ctx = PassContext(
+            HeadInferConfig(strict=strict), example_inputs, pass_name="find_attention"
+        )
         results.append((find_attention.run(gm, ctx), ctx))
         gm.graph.lint()
         raise DeclinedError("captured")
@@ -184,7 +187,9 @@ def assert_exact(program: Program, seed: int, rewritten: bool = True) -> HeadInf
     cache, resident = offloaded(), ResidentCache()
     for step, new in enumerate((20, 9, 1, 1, 1, 1, 70)):
         qkv = inputs(seed + step, new)
-        torch.testing.assert_close(compiled(cache, *qkv), program(resident, *qkv), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            compiled(cache, *qkv), program(resident, *qkv), rtol=1e-5, atol=1e-5
+        )
     stats = cache.stats()
     assert stats.eager_updates == 0
     assert stats.sites_rewritten == int(rewritten)
@@ -254,7 +259,8 @@ def changed_keys(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def no_attention(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keys, values = cache.update(k, v, 0)
     scores = (q @ repeat_kv(keys).transpose(2, 3)).softmax(-1)
-    return scores @ repeat_kv(values)
+    result: Tensor = scores @ repeat_kv(values)
+    return result
 
 
 def interleaved(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -291,7 +297,9 @@ def test_declined_and_exact(flash: Any, seed: int, program: Program, reason: str
 @pytest.mark.parametrize("program", [dropout, other_reader, no_attention])
 def test_strict_raises(program: Program) -> None:
     model = torch.compile(program, backend=headinfer, options={"lowering": "eager", "strict": True})
-    with pytest.raises(BackendCompilerFailed, match=r"is left alone: .*test_find_attention\.py:\d+") as e:
+    with pytest.raises(
+        BackendCompilerFailed, match=r"is left alone: .*test_find_attention\.py:\d+"
+    ) as e:
         model(offloaded(), *inputs(0, 7))
     assert isinstance(e.value.inner_exception, DeclinedError)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from harness import (
     CHUNKED_TURNS,
     MAX_LOGIT_DIFFERENCE,
@@ -20,8 +22,6 @@ from harness import (
     tiny_llama,
     tiny_mistral,
 )
-from torch import Tensor
-
 from headinfer_compile import HeadInferCache
 from headinfer_compile.errors import CacheError
 
@@ -36,9 +36,7 @@ def _new_process() -> Iterator[None]:
         yield
 
 
-def check(
-    m: CompiledModel, seed: int, tokens: int, chunk: int | None, **options: Any
-) -> Tensor:
+def check(m: CompiledModel, seed: int, tokens: int, chunk: int | None, **options: Any) -> Tensor:
     """Generate after a new prompt with a new cache, compare with the oracle; returns all tokens."""
     batch = options.pop("batch", 1)
     inputs = {name: value for name, value in options.items() if name == "attention_mask"}
@@ -50,7 +48,9 @@ def check(
     assert_same(run, oracle)
     m.assert_streamed(cache)
     windows = {site.mask.window for graph in m.graphs for site in graph.report.sites if site.mask}
-    if windows == {None} and ("attention_mask" not in inputs or bool(inputs["attention_mask"].all())):
+    if windows == {None} and (
+        "attention_mask" not in inputs or bool(inputs["attention_mask"].all())
+    ):
         assert_causal(cache)
     return run.tokens
 
@@ -138,7 +138,10 @@ def test_a_mask_of_ones_runs_the_causal_kernels(seed: int) -> None:
             assert float((got - want).abs().max()) <= MAX_LOGIT_DIFFERENCE
         m.assert_streamed(cache)
         assert_causal(cache)
-        assert {site.mask.padding for g in m.graphs for site in g.report.sites if site.mask} <= {0, None}
+        assert {site.mask.padding for g in m.graphs for site in g.report.sites if site.mask} <= {
+            0,
+            None,
+        }
     assert dynamo_graphs() <= 8
 
 

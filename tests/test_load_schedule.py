@@ -35,7 +35,7 @@ PROMPT, CHUNK, NEW = 150, 70, 6
 Trace = list[tuple[str, tuple[Any, ...]]]
 
 
-class OpTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OpTrace(TorchDispatchMode):
     """Notes every ``headinfer`` operator that a compiled call of ``cache`` executes."""
 
     def __init__(self, cache: HeadInferCache) -> None:

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
 from harness import (
     CHUNKED_TURNS,
     MAX_LOGIT_DIFFERENCE,
@@ -19,10 +23,6 @@ from harness import (
     random_ids,
     tiny_llama,
 )
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
-
 from headinfer_compile.errors import HeadInferError
 from headinfer_compile.models import demo_source, load_model, load_tokenizer
 
@@ -139,7 +139,12 @@ def test_options_may_change_between_calls(llama: CompiledModel, seed: int) -> No
     """Another geometry drains and rebinds: pages do not depend on it."""
     cache = llama.cache()
     after: Tensor | None = None
-    options = ({}, {"head_group": 1, "num_slots": 2}, {"slot_tokens": 48}, {"workspace_bytes": 8000})
+    options = (
+        {},
+        {"head_group": 1, "num_slots": 2},
+        {"slot_tokens": 48},
+        {"workspace_bytes": 8000},
+    )
     for turn, option in enumerate(options):
         llama.use(**option)
         ids, oracle = llama.prompt(seed + turn, 70, NEW, after=after)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from harness import (
     MAX_LOGIT_DIFFERENCE,
     CompiledModel,
@@ -19,7 +20,6 @@ from harness import (
     random_ids,
     tiny_llama,
 )
-
 from headinfer_compile import HeadInferCache
 
 # More than 64 new tokens are prefill to the runtime, fewer are decode: the chunks below are both.
@@ -38,7 +38,9 @@ def covering(axes: Mapping[str, Sequence[Any]]) -> list[Any]:
     """All combinations; those outside a subset that covers every pair of values are slow."""
     combinations = list(itertools.product(*axes.values()))
     missing = {
-        pair for combination in combinations for pair in itertools.combinations(_items(combination), 2)
+        pair
+        for combination in combinations
+        for pair in itertools.combinations(_items(combination), 2)
     }
     default = set()
     while missing:
@@ -71,7 +73,7 @@ def test_layouts(
     ids, oracle = llama.prompt(seed, PROMPT, NEW)
     llama.use(head_group=head_group, num_slots=num_slots)
     kv_bytes = (PROMPT + NEW - 1) * llama.token_bytes
-    gpu_budget = {"none": 0, "third": kv_bytes // 3, "all": "1GiB"}[budget]
+    gpu_budget = {"none": 0, "third": kv_bytes // 3, "all": 1 << 30}[budget]
     cache = llama.cache(page_tokens=page_tokens, gpu_budget=gpu_budget)
     assert_same(generate(llama.model, ids, cache, NEW, prefill_chunk_size=chunk), oracle)
     stats = llama.assert_streamed(cache, resident=budget == "all")
@@ -123,15 +125,17 @@ def test_queries_split_by_workspace(llama: CompiledModel, seed: int) -> None:
     assert_same(generate(llama.model, ids, cache, NEW, prefill_chunk_size=100), oracle)
     stats = llama.assert_streamed(cache)
     assert stats.workspace_bytes <= workspace < whole.stats().workspace_bytes
-    # 144 bytes a query of one KV head. 100 queries one head at a time: 3 pieces of 48; 61 queries all
-    # heads at once: 4 pieces of 16.
+    # 144 bytes a query of one KV head. 100 queries one head at a time: 3 pieces of 48; 61 queries
+    # all heads at once: 4 pieces of 16.
     assert stats.op_calls["store"] - whole.stats().op_calls["store"] == (2 * 3 + 3) * llama.layers
     # Each piece of the second chunk streams the 100 old tokens.
     again = 3 * 100 * llama.token_bytes
     assert stats.h2d_bytes == whole.stats().h2d_bytes + again
 
 
-@pytest.mark.parametrize("options", [{}, {"num_slots": 2, "head_group": 2}, {"workspace_bytes": 8000}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_slots": 2, "head_group": 2}, {"workspace_bytes": 8000}]
+)
 @pytest.mark.parametrize("chunk", [33, 65])
 def test_logits_of_direct_calls(
     llama: CompiledModel, seed: int, chunk: int, options: dict[str, Any]
