@@ -3,10 +3,10 @@
 from headinfer_compile.backend import headinfer
 from headinfer_compile.cache import HeadInferCache
 from headinfer_compile.config import HeadInferConfig
-from headinfer_compile.stats import CacheStats
 from headinfer_compile.explanation import Explanation
 from headinfer_compile.report import explain
 from headinfer_compile.schedule_file import load_schedule
+from headinfer_compile.stats import CacheStats
 
 __all__ = [
     "CacheStats",

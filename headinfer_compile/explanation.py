@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from headinfer_compile.stats import CacheStats
 from headinfer_compile.executor import GraphReport
 from headinfer_compile.passes.context import AttentionSite, Decline
 from headinfer_compile.passes.pipeline import PassReport
 from headinfer_compile.passes.schedule import Schedule
 from headinfer_compile.passes.schedule_text import schedule_text
 from headinfer_compile.report_text import render
+from headinfer_compile.stats import CacheStats
 
 
 @dataclass(frozen=True)

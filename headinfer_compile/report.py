@@ -87,9 +87,14 @@ def explain(
 class _RecordedGraph(CompiledGraph):
     """Runs as ever and notes the plan key of every site."""
 
+    has_run: bool = False
     keys: dict[int, PlanKey] = field(default_factory=dict)
     session: Session | None = None
     step: Step | None = None
+
+    def forward(self, *args: Any) -> Any:
+        self._begin()
+        return super().forward(*args)
 
     def run_site(
         self, index: int, handle: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -98,6 +103,10 @@ class _RecordedGraph(CompiledGraph):
         out = super().run_site(index, handle, q, k, v, masks, past)
         self._note(index, session_of(handle))
         return out
+
+    def _begin(self) -> None:
+        self.keys, self.session, self.step = {}, None, None
+        self.has_run = True
 
     def _note(self, index: int, session: Session) -> None:
         following = self.site_specs[index + 1] if index + 1 < len(self.sites) else None
@@ -122,6 +131,7 @@ class _PlannedGraph(_RecordedGraph):
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
     def forward(self, *args: Any) -> Any:
+        self._begin()
         return _MetaInterpreter(self.graph_module).run(*args)
 
 
@@ -154,12 +164,14 @@ class _Recorder:
         return compiled
 
     def explanations(self, name: str) -> list[GraphExplanation]:
-        """What was compiled since the last time, as one step."""
+        """What has run since the last time, as one step."""
+        ran = [graph for graph in self.graphs if graph.has_run]
         graphs = [
-            _explain_graph(name if len(self.graphs) == 1 else f"{name}, graph {number}", graph)
-            for number, graph in enumerate(self.graphs, start=1)
+            _explain_graph(name if len(ran) == 1 else f"{name}, graph {number}", graph)
+            for number, graph in enumerate(ran, start=1)
         ]
-        self.graphs.clear()
+        for graph in ran:
+            graph.has_run = False
         if not graphs:
             raise HeadInferError(
                 "the call does not use the cache in a graph: the model keeps no KV cache, or "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from headinfer_compile.stats import CacheStats
 from headinfer_compile.config import format_bytes
+from headinfer_compile.stats import CacheStats
 
 
 def host_share(stats: CacheStats) -> float:

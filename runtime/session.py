@@ -144,7 +144,7 @@ class Session(Store):
             self.table.ensure(step.stored_after)
             step.pieces = self._pieces(step)
         if not appends:
-            self.make_staging(new)
+            self.make_staging()
         self.step = step
         return step
 
@@ -153,7 +153,8 @@ class Session(Store):
         if step.appends:
             rows = step.tail_rows + step.new
             return tuple(split_rows("tail", rows, step.stored, rows, blocks))
-        limit = self.staging.tokens if self.staging else min(max(step.new, 1024), 16384)
+        assert self.geometry is not None
+        limit = self.staging_tokens(self.geometry)
         old = split_rows("tail", step.tail_rows, step.stored, max(1, step.tail_rows), blocks)
         return (*old, *split_rows("new", step.new, step.past, limit, blocks))
 

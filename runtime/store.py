@@ -15,11 +15,11 @@ from headinfer_compile.runtime.paged import PagedTables
 from headinfer_compile.runtime.pages import BlockTable
 from headinfer_compile.runtime.slots import SlotRing
 from headinfer_compile.runtime.spec import Geometry
-from headinfer_compile.runtime.staging import StagingRing, Tail
+from headinfer_compile.runtime.staging import STAGING_SLOTS, StagingRing, Tail
 from headinfer_compile.runtime.step import Phase
 from headinfer_compile.runtime.streams import Event, Streams
 
-_STAGING_TOKENS = (1024, 16384)
+_STAGING_TOKENS, _STAGING_BYTES = 16384, 32 << 20
 _TAIL_TOKENS, _TAIL_BYTES = 256, 64 << 20
 
 
@@ -129,7 +129,7 @@ class Store:
         fixed = (
             self.config.num_slots * page_bytes
             + tail_tokens * geometry.token_bytes
-            + 2 * min(self.regular_chunk, _STAGING_TOKENS[1]) * geometry.layer_token_bytes
+            + STAGING_SLOTS * self.staging_tokens(geometry) * geometry.layer_token_bytes
         )
         workspace = int(self.config.workspace_bytes)
         table.gpu_budget = (
@@ -190,12 +190,22 @@ class Store:
                 ) from error
         return self.slots
 
-    def make_staging(self, new: int) -> None:
-        """Make the staging ring, sized by the first chunk that needs it."""
+    def staging_tokens(self, geometry: Geometry) -> int:
+        """Tokens of one staging buffer: 32 MiB or 16,384, or four pages where they are given.
+
+        It does not depend on the prompt, so the fixed bytes are the same for every context.
+        """
+        limit = max(1, min(_STAGING_TOKENS, _STAGING_BYTES // geometry.layer_token_bytes))
+        pages = self.options.page_tokens
+        return limit if pages is None else min(limit, 4 * pages)
+
+    def make_staging(self) -> StagingRing:
+        """The staging ring, made when the first step needs it."""
         if self.staging is None:
             assert self.geometry is not None
-            low, high = _STAGING_TOKENS
-            self.staging = StagingRing(self.geometry, min(max(new, low), high), self.streams)
+            tokens = self.staging_tokens(self.geometry)
+            self.staging = StagingRing(self.geometry, tokens, self.streams)
+        return self.staging
 
     def check_room(self, tokens: int, token_bytes: int) -> None:
         """Check that ``tokens`` tokens of ``token_bytes`` bytes (all layers) can be held.

@@ -95,9 +95,6 @@ def test_options_reach_the_run(seed: int, tmp_path: Path) -> None:
     names = {name[4:].removesuffix(".py") for name in dumped}
     assert {"dynamo", "find_attention", "recover_mask", "partition", "insert_transfers"} <= names
     assert "hoist_prefetch" not in names
-    assert [name[:3] for name in dumped] == [f"{i:03d}" for i in range(len(dumped))] or len(
-        dumped
-    ) > 9
     assert (tmp_path / "dump").stat().st_mode & 0o077 == 0
 
 
@@ -164,19 +161,19 @@ def test_two_caches_in_one_call(seed: int) -> None:
 
 
 def test_dynamo_settings_can_be_restored() -> None:
-    import torch._dynamo.config as dynamo
+    dynamo: Any = torch._dynamo.config
+    compiler: Any = torch.compiler.config
 
     def settings() -> tuple[Any, ...]:
-        sources = torch.compiler.config.dynamic_sources
-        return sources, dynamo.recompile_limit, dynamo.specialize_float
+        return compiler.dynamic_sources, dynamo.recompile_limit, dynamo.specialize_float
 
     ours = settings()
     with (
         dynamo.patch(recompile_limit=3, specialize_float=False),
-        torch.compiler.config.patch(dynamic_sources="L['mine']"),
+        compiler.patch(dynamic_sources="L['mine']"),
     ):
         restore = configure_dynamo()
-        assert "L['mine']" in torch.compiler.config.dynamic_sources.split(",")
+        assert "L['mine']" in compiler.dynamic_sources.split(",")
         assert settings()[1:] == ours[1:]
         restore()
         assert settings() == ("L['mine']", 3, False)

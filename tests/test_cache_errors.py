@@ -1,4 +1,4 @@
-"""Wrong use of a cache: a clear error each, and what is stored goes on as if it had not happened."""
+"""Wrong use of a cache: a clear error each, and what is stored goes on as before."""
 
 from __future__ import annotations
 

@@ -242,6 +242,7 @@ def dropout(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def other_reader(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys: Tensor
     keys, values = cache.update(k, v, 0)
     return sdpa(q, keys, values, enable_gqa=True) + keys.mean()
 

@@ -139,7 +139,7 @@ def test_options_may_change_between_calls(llama: CompiledModel, seed: int) -> No
     """Another geometry drains and rebinds: pages do not depend on it."""
     cache = llama.cache()
     after: Tensor | None = None
-    options = (
+    options: tuple[dict[str, Any], ...] = (
         {},
         {"head_group": 1, "num_slots": 2},
         {"slot_tokens": 48},
