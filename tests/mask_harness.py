@@ -23,7 +23,7 @@ SDPA = (
     torch._C._nn.scaled_dot_product_attention,
 )
 
-LIB: Any = torch.library.Library("headinfer_mask_tests", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIB: Any = torch.library.Library("headinfer_mask_tests", "FRAGMENT")
 LIB.define("update(Tensor k, Tensor v, int layer, SymInt past) -> (Tensor, Tensor)")
 
 
@@ -288,7 +288,7 @@ def assert_same_mask(
     inputs = [values[node] for node in nodes]
     for q, k, block in blocks_of(record.mask, inputs, past, new, random.Random(seed)):
         wanted = expected.expand(shape)[:, :, q[0] : q[1], k[0] : k[1]]
-        got, wanted = torch.broadcast_tensors(block, wanted)  # type: ignore[no-untyped-call]
+        got, wanted = torch.broadcast_tensors(block, wanted)
         message = f"seed {seed}, past {past}, new {new}, block {q} x {k}: {record.mask.formula}"
         assert got.dtype == wanted.dtype, message
         assert torch.equal(got, wanted), message

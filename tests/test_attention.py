@@ -128,7 +128,7 @@ def reference(
     return weights.nan_to_num(0.0) @ v, torch.logsumexp(scores, dim=-1)
 
 
-class RecordOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class RecordOperators(TorchDispatchMode):
     """Names of the operators that run inside."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ CUDA = pytest.param(
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
-class CountOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CountOperators(TorchDispatchMode):
     """How many torch operators run inside."""
 
     def __init__(self) -> None:
