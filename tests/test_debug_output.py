@@ -75,8 +75,8 @@ def test_torch_logs_and_torch_trace(tmp_path: Path) -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in tmp_path.glob("*.log"))
     names = re.findall(r'"artifact": {"name": "headinfer_\d{3,}_(\w+)"', text)
     assert set(names) == {*GRAPH_NAMES, *PLAN_NAMES}
-    # First chunk, later chunk, decode.
-    assert [names.count(name) for name in GRAPH_NAMES] == [3] * len(GRAPH_NAMES)
+    # First chunk, later chunk (the same graph before transformers 5.21), decode.
+    assert [names.count(name) for name in GRAPH_NAMES] in ([2] * 4, [3] * 4)
     assert names.count("schedule") >= 3
     assert "headinfer.attend_merge(handle" in text
     # Every artifact names the frame that it belongs to, the schedules built while running too.
