@@ -13,6 +13,11 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 
+# Two processes of one thread each are faster than one of two: most tests trace and compile. A file
+# stays in one process, since Dynamo's state is of the process.
+WORKERS := -n 2 --dist loadfile
+PARALLEL := OMP_NUM_THREADS=1
+
 .PHONY: help demo test test-slow test-oldest test-gpu bench bench-ci plots lint clean FORCE
 .DELETE_ON_ERROR:
 
@@ -32,7 +37,7 @@ demo: $(STAMPS)/demo
 	$(PY) examples/demo.py
 
 test: $(STAMPS)/test
-	$(PY) -m pytest
+	$(PARALLEL) $(PY) -m pytest $(WORKERS)
 
 test-gpu: $(STAMPS)/test
 	$(PY) -m pytest -m "gpu and not slow"
@@ -41,7 +46,7 @@ test-slow: $(STAMPS)/test
 	$(PY) -m pytest -m slow --report benchmarks/results/test_slow.json
 
 test-oldest: $(STAMPS)/oldest
-	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(PY) -m pytest -m "oldest and not slow"
+	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(PARALLEL) $(PY) -m pytest $(WORKERS) -m "oldest and not slow"
 
 bench: $(STAMPS)/bench
 	$(PY) -m headinfer_compile bench $(CASE) $(ARGS)

@@ -31,6 +31,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from headinfer_compile.passes.context import META, AttentionSite, PassContext, source_line
+from headinfer_compile.passes.graph_utils import node_value
 
 _SDPA = (
     torch._C._nn.scaled_dot_product_attention,
@@ -195,9 +196,9 @@ def _rewrite(gm: GraphModule, ctx: PassContext, found: _Sdpa | _FlashAttn) -> No
             f"{heads} query heads of {head_dim} do not group over {kv_heads} KV heads"
         )
     scale = head_dim**-0.5 if found.scale is None else found.scale
-    if isinstance(scale, Node) and isinstance(_value(scale), torch.SymFloat):
+    if isinstance(scale, Node) and isinstance(node_value(scale), torch.SymFloat):
         # A float that differs between two models of one class; this guards on its value.
-        scale = float(_value(scale))
+        scale = float(node_value(scale))
     if not isinstance(scale, (int, float)):
         raise _Unsupported("its scale is not a constant")
     outside = [u for u in _readers(update) if u is not node]

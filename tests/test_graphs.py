@@ -259,21 +259,42 @@ def test_three_unique_regions_at_any_depth(seed: int) -> None:
     assert_regions(m)
 
 
+def gave_up(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What caches said about compiled models that ran eagerly."""
+    messages = [r.message for r in caplog.records if r.name == "headinfer_compile.cache"]
+    assert all("the model is compiled" in message for message in messages)
+    assert all("TORCH_LOGS=recompiles" in message for message in messages)
+    return messages
+
+
 def test_giving_up_is_not_silent(seed: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Out of recompiles, Dynamo runs frame by frame and in the end eagerly: exact, and said so."""
+    m = CompiledModel(tiny_llama(seed))
+    ids, oracle = m.prompt(seed, 30, NEW)
+    cache = m.cache()
+    with torch.compiler.set_stance("force_eager"), caplog.at_level(logging.WARNING):
+        assert_same(generate(m.model, ids, cache, NEW), oracle)
+        assert cache.stats().eager_updates == NEW * m.layers
+        assert len(gave_up(caplog)) == 1
+        with pytest.raises(CacheError, match=r"Dynamo gave up.*strict=True"):
+            generate(m.model, ids, m.cache(strict=True), NEW)
+    # The cache goes on when the model is compiled again.
+    ids, oracle = m.prompt(seed, 9, NEW, after=oracle.tokens)
+    assert_same(generate(m.model, ids, cache, NEW), oracle)
+    assert cache.stats().sites_rewritten == m.layers
+
+
+def test_running_out_of_recompiles_is_not_silent(
+    seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
     m = CompiledModel(tiny_llama(seed))
     eager = []
     with torch._dynamo.config.patch(recompile_limit=1), caplog.at_level(logging.WARNING):
-        for batch, chunk in ((1, 30), (2, 30), (3, None), (2, 20)):
+        for batch, chunk in ((1, 30), (2, 30), (1, None)):
             ids, oracle = m.prompt(seed, 50, NEW, batch)
             options = {} if chunk is None else {"prefill_chunk_size": chunk}
             cache = m.cache()
             assert_same(generate(m.model, ids, cache, NEW, **options), oracle)
             eager.append(cache.stats().eager_updates > 0)
-        assert eager[-1]
-        with pytest.raises(CacheError, match=r"Dynamo gave up.*strict=True"):
-            generate(m.model, ids, m.cache(strict=True), NEW, **options)
-    warnings = [r.message for r in caplog.records if r.name == "headinfer_compile.cache"]
-    assert len(warnings) == sum(eager)
-    assert "the model is compiled" in warnings[0]
-    assert "TORCH_LOGS=recompiles" in warnings[0]
+    assert len(gave_up(caplog)) == sum(eager)
+    if not any(eager):
+        pytest.skip("with this transformers Dynamo does not count these graphs as recompiles")

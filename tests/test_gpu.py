@@ -1,0 +1,184 @@
+"""What only a GPU can show: streams, the resident kernel, captured steps, memory, no host syncs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from harness import clean_dynamo, tiny_llama
+from headinfer_compile import HeadInferCache, headinfer
+from headinfer_compile.runtime.spec import Geometry, kv_views
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Each test compiles its own model."""
+    with clean_dynamo():
+        yield
+
+
+def model_on_gpu(seed: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Three layers with head_dim 64, which every kernel supports."""
+    model = tiny_llama(seed, layers=3, heads=8, kv_heads=2, head_dim=64)
+    return model.to(DEVICE, dtype)
+
+
+def prompt(seed: int, tokens: int) -> Tensor:
+    """Random ids ``[1, tokens]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 97, (1, tokens), generator=generator).to(DEVICE)
+
+
+def decode(model: LlamaForCausalLM, cache: HeadInferCache, ids: Tensor) -> Tensor:
+    """Logits of one forward with position_ids, as ``generate`` calls the model."""
+    past = cache.get_seq_length()
+    positions = torch.arange(past, past + ids.shape[1], device=DEVICE)[None]
+    with torch.no_grad():
+        out: Tensor = model(input_ids=ids, position_ids=positions, past_key_values=cache).logits
+    return out
+
+
+@pytest.mark.parametrize("budget", [0, "100KiB", "1GiB"])
+@pytest.mark.parametrize(("num_slots", "graphs"), [(2, False), (3, True)])
+def test_tokens_equal_the_resident_run(budget: int | str, num_slots: int, graphs: bool) -> None:
+    seed = torch.seed() % 2**31
+    model, ids = model_on_gpu(seed), prompt(seed, 700)
+    expected = model.generate(ids, max_new_tokens=60, do_sample=False)
+    options = {"lowering": "eager", "num_slots": num_slots, "cuda_graphs": graphs}
+    model.compile(backend=headinfer, options=options)
+    cache = HeadInferCache(model.config, gpu_budget=budget, page_tokens=64, tail_tokens=16)
+    found = model.generate(
+        ids, past_key_values=cache, max_new_tokens=60, do_sample=False, prefill_chunk_size=200
+    )
+    stats = cache.stats()
+    assert torch.equal(found, expected), f"seed {seed}"
+    assert (stats.sites_rewritten, stats.eager_updates, stats.materialised_layers) == (3, 0, 0)
+    assert (stats.h2d_bytes > 0) == (stats.host_bytes > 0)
+    assert ("replay" in stats.op_calls) == (graphs and budget == "1GiB")
+
+
+@pytest.mark.parametrize("heads", [(8, 2), (6, 3), (4, 4)])
+@pytest.mark.parametrize("dims", [(128, 128), (80, 48)])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_one_kernel_attends_tail_and_resident_blocks(
+    heads: tuple[int, int], dims: tuple[int, int], hidden: bool
+) -> None:
+    from headinfer_compile.runtime.paged_triton import attend_paged
+
+    torch.manual_seed(torch.seed() % 2**31)
+    (num_heads, kv_heads), (dim, v_dim), batch = heads, dims, 2
+    geometry = Geometry(1, batch, kv_heads, dim, v_dim, torch.float32, torch.device(DEVICE))
+    capacity, rows = [128, 64, 512], [128, 37, 301]
+    pages = [
+        kv_views(torch.randn(kv_heads * batch * t * (dim + v_dim), device=DEVICE), geometry,
+                 kv_heads, t)
+        for t in capacity
+    ]  # fmt: skip
+    visible = torch.ones(batch, 512, dtype=torch.int8, device=DEVICE)
+    visible[0, 3:200] = 0
+    q = torch.randn(batch, num_heads, 1, dim, device=DEVICE)
+    out, lse = attend_paged(
+        q,
+        torch.tensor([[k.data_ptr(), v.data_ptr()] for k, v in pages], device=DEVICE),
+        torch.tensor(capacity, dtype=torch.int32, device=DEVICE),
+        torch.tensor(rows, dtype=torch.int32, device=DEVICE),
+        visible if hidden else None,
+        num_kv_heads=kv_heads,
+        v_head_dim=v_dim,
+        scale=dim**-0.5,
+        dtype=torch.float32,
+    )
+    k, v = (
+        torch.cat(
+            [page[i][:, :, :r].transpose(0, 1) for page, r in zip(pages, rows, strict=True)], 2
+        )
+        .repeat_interleave(num_heads // kv_heads, 1)
+        .double()
+        for i in (0, 1)
+    )
+    scores = q.double() @ k.transpose(2, 3) * dim**-0.5
+    if hidden:
+        scores[..., 165:] += torch.log(visible[:, None, None, :301].double())
+    expected = scores.softmax(-1) @ v
+    assert (out - expected).norm() / expected.norm() < 1e-5
+    assert (lse - scores.logsumexp(-1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("budget", [0, "1GiB"])
+def test_a_decode_step_never_waits_for_the_device(budget: int | str) -> None:
+    seed = torch.seed() % 2**31
+    model, ids = model_on_gpu(seed), prompt(seed, 520)
+    model.compile(backend=headinfer, options={"lowering": "eager"})
+    cache = HeadInferCache(model.config, gpu_budget=budget, page_tokens=64, tail_tokens=32)
+    decode(model, cache, ids[:, :500])
+    for at in range(500, 510):
+        decode(model, cache, ids[:, at : at + 1])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for at in range(510, 515):
+            decode(model, cache, ids[:, at : at + 1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_device_memory_does_not_grow_with_the_context() -> None:
+    model = model_on_gpu(3, torch.bfloat16)
+    model.compile(backend=headinfer, options={"lowering": "eager"})
+    fixed, held = [], []
+    for tokens in (1024, 65536):
+        cache = HeadInferCache(model.config, gpu_budget=0)
+        before = torch.cuda.memory_allocated()
+        ids = prompt(tokens, tokens)
+        for start in range(0, tokens, 1024):
+            decode(model, cache, ids[:, start : start + 1024])
+        decode(model, cache, ids[:, :1])
+        held.append(torch.cuda.memory_allocated() - before - ids.nbytes)
+        fixed.append(cache.stats().fixed_bytes)
+        cache.close()
+        del cache, ids
+    assert fixed[0] == fixed[1]
+    assert abs(held[0] - held[1]) < 2**20, held
+
+
+def test_a_mask_of_ones_runs_the_causal_kernels() -> None:
+    model, ids = model_on_gpu(5, torch.bfloat16), prompt(5, 400)
+    model.compile(backend=headinfer, options={"lowering": "eager"})
+    cache = HeadInferCache(model.config, gpu_budget=0, page_tokens=64, tail_tokens=16)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=8,
+        do_sample=False,
+        prefill_chunk_size=128,
+    )
+    chosen = cache.session.kernels
+    assert chosen
+    assert not any(request.masked for request in chosen if request.query == "many")
+
+
+def test_bf16_is_as_close_to_fp32_as_resident_kernels_are() -> None:
+    seed = torch.seed() % 2**31
+    exact, ids = model_on_gpu(seed), prompt(seed, 600)
+    with torch.no_grad():
+        reference = exact(input_ids=ids).logits
+        model = exact.to(torch.bfloat16)
+        spread = []
+        for kernel in ("flash_attention", "math"):
+            backend = torch.nn.attention.SDPBackend.__members__[kernel.upper()]
+            with torch.nn.attention.sdpa_kernel(backend):
+                spread.append((model(input_ids=ids).logits.float() - reference).norm())
+    model.compile(backend=headinfer, options={"lowering": "eager"})
+    cache = HeadInferCache(model.config, gpu_budget=0, page_tokens=64, tail_tokens=16)
+    parts = [decode(model, cache, ids[:, at : at + 150]) for at in range(0, 600, 150)]
+    error = (torch.cat(parts, 1).float() - reference).norm()
+    assert error <= 1.1 * max(spread), f"seed {seed}: {error} against {spread}"
