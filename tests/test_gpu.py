@@ -46,7 +46,7 @@ def decode(model: LlamaForCausalLM, cache: HeadInferCache, ids: Tensor) -> Tenso
     return out
 
 
-@pytest.mark.parametrize("budget", [0, "100KiB", "1GiB"])
+@pytest.mark.parametrize("budget", [0, "400KiB", "1GiB"])
 @pytest.mark.parametrize(("num_slots", "graphs"), [(2, False), (3, True)])
 def test_tokens_equal_the_resident_run(budget: int | str, num_slots: int, graphs: bool) -> None:
     seed = torch.seed() % 2**31
@@ -134,7 +134,8 @@ def test_device_memory_does_not_grow_with_the_context() -> None:
     model = model_on_gpu(3, torch.bfloat16)
     model.compile(backend=headinfer, options={"lowering": "eager"})
     fixed, held = [], []
-    for tokens in (1024, 65536):
+    # The first run also allocates what kernels keep, such as the workspace of cuBLAS.
+    for tokens in (1024, 1024, 65536):
         cache = HeadInferCache(model.config, gpu_budget=0)
         before = torch.cuda.memory_allocated()
         ids = prompt(tokens, tokens)
@@ -145,8 +146,8 @@ def test_device_memory_does_not_grow_with_the_context() -> None:
         fixed.append(cache.stats().fixed_bytes)
         cache.close()
         del cache, ids
-    assert fixed[0] == fixed[1]
-    assert abs(held[0] - held[1]) < 2**20, held
+    assert fixed[1] == fixed[2]
+    assert abs(held[1] - held[2]) < 2**20, held
 
 
 def test_a_mask_of_ones_runs_the_causal_kernels() -> None:
