@@ -165,7 +165,7 @@ def models() -> Iterator[tuple[str, CompiledModel, dict[str, object], dict[str, 
     ]
     for options, cache in cases:
         yield "llama", llama, options, {"page_tokens": 64, **cache}, 200, 90
-    yield "llama", llama, {}, {"page_tokens": 2048}, 2130, 2066
+    yield "llama", llama, {}, {"page_tokens": 256}, 2130, 2066
     mistral = CompiledModel(tiny_mistral(0, window=40))
     yield "mistral", mistral, {"num_slots": 3}, {"page_tokens": 32}, 130, 70
 
@@ -182,7 +182,6 @@ def schedules() -> list[tuple[str, Schedule, bool]]:
             model.use(**options)
             with model.cache(**cache_options) as cache:
                 ids = random_ids(1, tokens)
-                # The first chunk sizes the staging buffers.
                 model.forward(ids[:, :64], cache, 64)
                 model.forward(ids[:, 64:], cache, chunk)
                 model.forward(random_ids(2, 12), cache, 1)
