@@ -137,7 +137,9 @@ def versions() -> dict[str, str]:
 def provenance(device: torch.device, note: str = "") -> Row:
     """Where, when and how a row was measured."""
     module = Path(sys.argv[0]).stem
-    command = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
+    # Where the file was written is of no use to anybody else.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "-m", f"benchmarks.{module}", *words])
     return {
         "device": device_name(device),
         "versions": versions(),
