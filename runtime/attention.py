@@ -229,10 +229,12 @@ def _math_bytes(request: AttentionRequest, n: int, m: int, batch: int) -> int:
     heads, rows = kernels.math_chunk(batch * group * m * item, request.num_kv_heads, n)
     dims = request.head_dim + request.v_head_dim
     # The scores and two masks of theirs in bool; q scaled and out before the cast; k and v cast
-    # and, for the batched product, made contiguous.
+    # and, for the batched product, made contiguous. The last two of the piece before live on
+    # until they are bound anew (an H200 took 73.4 MB where 62.9 MB were counted without them).
     scores = batch * heads * group * rows * m * (item + 2)
     queries = 2 * batch * heads * group * rows * dims * item
-    return scores + queries + 2 * batch * heads * m * dims * item
+    keys_values = 2 * batch * heads * m * dims * item
+    return scores + 2 * (queries + keys_values)
 
 
 def _padding_bytes(request: AttentionRequest, n: int, m: int, batch: int) -> int:
