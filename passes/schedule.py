@@ -19,12 +19,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.passes.context import META
+from headinfer_compile.runtime.step import APPEND as APPEND
+from headinfer_compile.runtime.step import NEW as NEW
+from headinfer_compile.runtime.step import NEW_PREFIX as NEW_PREFIX
+from headinfer_compile.runtime.step import RESIDENT as RESIDENT
+from headinfer_compile.runtime.step import TAIL as TAIL
 
 #: ``(spec, group, block)`` of one transfer.
 Transfer = tuple[int, int, int]
-
-TAIL, NEW, NEW_PREFIX, RESIDENT = -1, -2, -3, -4
-APPEND = -1
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,7 @@ from headinfer_compile.runtime.masks import block_mask
 from headinfer_compile.runtime.merge import merge_
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.spec import SiteSpec
-from headinfer_compile.runtime.step import Step
-
-TAIL, NEW, NEW_PREFIX = -1, -2, -3
-"""``span`` of an attend that is no KV block: the tail; new tokens of the query chunk itself
-(square); new tokens before the query chunk."""
+from headinfer_compile.runtime.step import NEW, NEW_PREFIX, TAIL, Step
 
 
 def output(session: Session, q: torch.Tensor, spec: int) -> torch.Tensor:

@@ -14,6 +14,13 @@ from headinfer_compile.runtime.spec import SiteSpec
 
 Phase = Literal["prefill", "decode"]
 
+TAIL, NEW, NEW_PREFIX, RESIDENT = -1, -2, -3, -4
+"""``span`` of an attend that is no KV block: the tail; new tokens of the query chunk itself
+(square); new tokens before the query chunk; the tail and all resident blocks in one kernel."""
+
+APPEND = -1
+"""``piece`` of the ``pack`` that appends the new rows to the tail."""
+
 DECODE_MAX_QUERIES = 64
 """Up to this many new tokens the link binds, so all heads of a page move in one copy."""
 

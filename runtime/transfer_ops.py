@@ -6,12 +6,9 @@ import torch
 
 from headinfer_compile.runtime.copies import copy_kv
 from headinfer_compile.runtime.session import Session
-from headinfer_compile.runtime.step import Piece
+from headinfer_compile.runtime.step import APPEND, Piece
 
 Views = tuple[torch.Tensor, torch.Tensor]
-
-APPEND = -1
-"""``piece`` of the ``pack`` that appends the new rows to the tail."""
 
 
 def _rows(views: Views, start: int, stop: int) -> Views:
