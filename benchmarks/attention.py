@@ -69,13 +69,23 @@ def decode_kernel(device: torch.device, dtype: torch.dtype) -> kernels.Run:
     return kernels.efficient if dtype == torch.float32 else kernels.flash
 
 
-def register_best(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Register the best attention with transformers.
+def resident_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, kernels.Run]:
+    """Every kernel for many queries that runs here, by name."""
+    if device.type != "cuda":
+        return {"cpu_flash": kernels.cpu_flash, "math": kernels.math}
+    if dtype == torch.float32:
+        return {"efficient": kernels.efficient, "math": kernels.math}
+    found: dict[str, kernels.Run] = {"flash": kernels.flash}
+    major = torch.cuda.get_device_capability(device)[0]
+    if major >= 9:
+        found["cudnn"] = kernels.cudnn
+    if major == 9 and kernels.fa3_function() is not None:
+        found["fa3"] = kernels.fa3
+    return found
 
-    Returns:
-        The name to give as ``attn_implementation``, and the kernel's.
-    """
-    kernel, run = best_kernel(device, dtype)
+
+def register_kernel(name: str, run: kernels.Run, device: torch.device, dtype: torch.dtype) -> None:
+    """Register attention by ``run`` with transformers as ``name``."""
     many, one = make_attend(run, device, dtype), decode_kernel(device, dtype)
 
     def forward(
@@ -88,7 +98,17 @@ def register_best(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
             out = many(query, key, value, scaling)
         return out.transpose(1, 2), None
 
+    AttentionInterface.register(name, forward)
+
+
+def register_best(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Register the best attention with transformers.
+
+    Returns:
+        The name to give as ``attn_implementation``, and the kernel's.
+    """
+    kernel, run = best_kernel(device, dtype)
     # transformers takes a name with "flash" in it for a package of its own.
     name = "benchmark_best"
-    AttentionInterface.register(name, forward)
+    register_kernel(name, run, device, dtype)
     return name, kernel

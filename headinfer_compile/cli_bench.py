@@ -19,6 +19,7 @@ CASES = {
     "memory": "fixed device bytes of a streamed cache against the context",
     "startup": "what pinning host memory costs a prefill",
     "compile_time": "seconds of compilation, against plain torch.compile",
+    "logits": "our logits against those of resident kernels",
     "needle": "recall of planted pairs over depth and length",
     "timeline": "kernels and copies of one decode step, by stream",
     "roofline": "the rates of this machine",

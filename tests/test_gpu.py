@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from harness import clean_dynamo, tiny_llama
 from headinfer_compile import HeadInferCache, headinfer
+from headinfer_compile.errors import HeadInferError
+from headinfer_compile.models import demo_source, load_model, load_tokenizer
 from headinfer_compile.runtime.spec import Geometry, kv_views
 
 pytestmark = pytest.mark.gpu
@@ -183,3 +186,31 @@ def test_bf16_is_as_close_to_fp32_as_resident_kernels_are() -> None:
     parts = [decode(model, cache, ids[:, at : at + 150]) for at in range(0, 600, 150)]
     error = (torch.cat(parts, 1).float() - reference).norm()
     assert error <= 1.1 * max(spread), f"seed {seed}: {error} against {spread}"
+
+
+def test_a_real_model_gives_the_resident_tokens() -> None:
+    """SmolLM2-135M in fp32: 64 greedy tokens after 2,000 tokens of English."""
+    try:
+        source = demo_source()
+    except HeadInferError as error:
+        pytest.skip(str(error))
+    model: Any = load_model(source, dtype="float32", device=DEVICE)
+    text = "\n".join(topics[name] for name in ("execmodel", "import", "naming", "objects"))
+    ids = load_tokenizer(source)(text, return_tensors="pt")["input_ids"][:, :2000].to(DEVICE)
+    how = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+    expected = model.generate(ids, **how)
+    for chunk, budget, options in (
+        (1000, 0, {}),
+        (256, 0, {"lowering": "eager", "num_slots": 2}),
+        (2000, "60MB", {"lowering": "eager", "head_group": 2}),
+        (1000, "1GiB", {"lowering": "eager", "cuda_graphs": True}),
+    ):
+        torch._dynamo.reset()
+        model.compile(backend=headinfer, options=options)
+        with HeadInferCache(model.config, gpu_budget=budget, tail_tokens=64) as cache:
+            found = model.generate(ids, past_key_values=cache, prefill_chunk_size=chunk, **how)
+            stats = cache.stats()
+        assert torch.equal(found, expected), (chunk, budget, options)
+        assert (stats.sites_rewritten, stats.eager_updates) == (30, 0)
+        assert stats.materialised_layers == 0
+        assert (stats.h2d_bytes > 0) == (budget != "1GiB")
