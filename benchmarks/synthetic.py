@@ -54,5 +54,5 @@ def fill_headinfer(cache: HeadInferCache, tokens: int) -> None:
         block.version += 1
     if geometry.device.type == "cuda":
         torch.cuda.synchronize(geometry.device)
-    session.length = cache.length = tokens
-    session.tail_rows = 0
+    session.hold(tokens, 0)
+    cache.length = tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import types
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +17,7 @@ from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.store import SessionOptions
 from headinfer_compile.runtime.transfer_ops import update_without_schedule
 from headinfer_compile.stats import CacheStats, collect_stats
+from headinfer_compile.why_eager import why_eager
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class HeadInferCache(Cache):
             device,
         )
         self._token_bytes = _token_bytes(text, len(with_kv))
+        self.session.max_positions = getattr(text, "max_position_embeddings", None)
 
     @classmethod
     def from_shape(
@@ -178,15 +179,16 @@ class HeadInferCache(Cache):
                 "for another model's config; use HeadInferCache(model.config)"
             )
         if not self._warned:
-            message = _why_eager(sys._getframe(2))
+            message = why_eager(sys._getframe(2))
             if self.strict:
                 raise CacheError(f"{message} (this cache was made with strict=True)")
             log.warning("%s", message)
             self._warned = True
         session = self.session
-        if session.length != self.length:
-            # A compiled call was cut short after its graph and before its cache update.
-            self.length = session.length
+        if session.managed:
+            # No compiled call is running: one was cut short on its way out.
+            session.cancel_call()
+            session.leave_call()
         full = update_without_schedule(session, layer, k, v, self.length)
         session.counters.eager_updates += 1
         return full
@@ -285,8 +287,10 @@ class HeadInferCache(Cache):
                 f"crop({tokens_to_remove}) on {self.length} tokens: pass minus the number "
                 "of tokens to drop, at most as many as are held"
             )
-        self.session.crop(count)
-        self.length = self.session.length
+        length = self.length - count
+        # The session may be ahead: a call that is cut short can end before it is counted here.
+        self.session.crop(self.session.length - length)
+        self.length = length
 
     def reset(self) -> None:
         """Drop all tokens and start the counters anew; buffers are kept for the next prompt."""
@@ -379,21 +383,3 @@ def _token_bytes(config: Any, layers: int) -> int:
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = getattr(config, "dtype", None) or torch.float32
     return int(2 * layers * heads * dim * dtype.itemsize)
-
-
-def _why_eager(frame: types.FrameType | None) -> str:
-    """The reason for an eager update, from the module that called it."""
-    while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, torch.nn.Module) and module._compiled_call_impl is not None:
-            return (
-                "the model is compiled, and HeadInferCache.update still ran eagerly: Dynamo gave "
-                "up on this call and attention runs on materialised K and V. Run with "
-                "TORCH_LOGS=recompiles,graph_breaks to see why"
-            )
-        frame = frame.f_back
-    return (
-        "HeadInferCache is used by a model that is not compiled: every layer gets materialised K "
-        "and V, which is exact and slow. Call model.compile(backend='headinfer') before generate "
-        "(torch.compile(model).generate reaches the uncompiled module)"
-    )

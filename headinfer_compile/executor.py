@@ -87,7 +87,6 @@ class CompiledGraph:
             if spec not in self.specs:
                 self.specs.append(spec)
             self.site_specs.append(self.specs.index(spec))
-        self._plans: dict[tuple[int, int | None], _Plan] = {}
         self._steps = StepGraphs(self)
         self._install_sites()
 
@@ -116,13 +115,9 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> Any:
         """Run one forward pass; on an error the cache is as before it."""
         session = session_of(args[self.handle_index])
-        if session.step is not None:
-            # An earlier forward through the cache's eager path was cut short.
-            session.abort()
-        self._claim(session, args)
-        self._plans.clear()
-        session.managed = True
         try:
+            session.enter_call()
+            self._claim(session, args)
             with session.around_call():
                 if self.config.cuda_graphs:
                     result = self._steps.run(session, args)
@@ -130,10 +125,10 @@ class CompiledGraph:
                     result = self.forward(*args)
             session.commit()
         except BaseException:
-            session.abort()
+            session.cancel_call()
             raise
         finally:
-            session.managed = False
+            session.leave_call()
         return result
 
     def forward(self, *args: Any) -> Any:
@@ -255,9 +250,11 @@ class CompiledGraph:
     def _plan(
         self, session: Session, spec: int, next_spec: int | None, masks: Sequence[torch.Tensor]
     ) -> _Plan:
-        if (spec, next_spec) not in self._plans:
-            self._plans[spec, next_spec] = self._make_plan(session, spec, next_spec)
-        return self._plans[spec, next_spec]
+        # Kept by the session: another thread may run this graph over another cache.
+        plans: dict[tuple[int, int | None], _Plan] = session.plans
+        if (spec, next_spec) not in plans:
+            plans[spec, next_spec] = self._make_plan(session, spec, next_spec)
+        return plans[spec, next_spec]
 
     def _make_plan(self, session: Session, spec: int, next_spec: int | None) -> _Plan:
         key = chained_key(session, spec, next_spec, self.site_specs[0], self.config)

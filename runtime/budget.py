@@ -1,14 +1,38 @@
-"""Default budgets: what is free, less what the forward needs."""
+"""Default budgets: what is free, less what the forward needs; and what a refused byte says."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from headinfer_compile.errors import DoesNotFitError
+
 _HOST_MARGIN = 0.1
 _ALLOCATOR_SLACK_BYTES = 512 << 20
+
+
+@contextmanager
+def refusing(message: str) -> Iterator[None]:
+    """Make an allocation that is refused inside say what to do.
+
+    Raises:
+        DoesNotFitError: ``message``, from the allocator's own error.
+    """
+    try:
+        yield
+    except DoesNotFitError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise DoesNotFitError(message) from error
+    except RuntimeError as error:
+        # The only sign that torch's CPU allocator gives.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise DoesNotFitError(message) from error
 
 
 def default_gpu_budget(device: torch.device, needed_bytes: int) -> int:

@@ -15,14 +15,33 @@ _MEMCPY_DEFAULT = 4
 
 
 @functools.cache
-def _memcpy_2d() -> Callable[..., int] | None:
-    """``cudaMemcpy2DAsync`` of the CUDA runtime that torch has loaded."""
+def _cuda_runtime() -> ctypes.CDLL | None:
+    """The CUDA runtime that torch has loaded."""
     major = (torch.version.cuda or "").split(".")[0]
     try:
-        function = ctypes.CDLL(f"libcudart.so.{major}").cudaMemcpy2DAsync
+        return ctypes.CDLL(f"libcudart.so.{major}")
     except OSError as error:
-        log.warning("cudaMemcpy2DAsync not found (%s): partial pages are copied run by run", error)
+        log.warning("no CUDA runtime found (%s): partial pages are copied run by run", error)
         return None
+
+
+def forget_cuda_error() -> None:
+    """Take the last error of this thread's CUDA calls, once it is dealt with.
+
+    A call past torch that fails leaves it, and torch would raise it at its next kernel.
+    """
+    runtime = _cuda_runtime()
+    if runtime is not None:
+        runtime.cudaGetLastError()
+
+
+@functools.cache
+def _memcpy_2d() -> Callable[..., int] | None:
+    """``cudaMemcpy2DAsync`` of that runtime."""
+    runtime = _cuda_runtime()
+    if runtime is None:
+        return None
+    function = runtime.cudaMemcpy2DAsync
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
     function.argtypes = [pointer, size, pointer, size, size, size, ctypes.c_int, pointer]
     function.restype = ctypes.c_int
@@ -60,6 +79,7 @@ def copy_kv(
             rows * dim * item, 2 * heads * batch, _MEMCPY_DEFAULT, stream,
         )  # fmt: skip
         if status != 0:
+            forget_cuda_error()
             raise RuntimeError(f"cudaMemcpy2DAsync failed with CUDA error {status}")
         return k.nbytes + v.nbytes
     for to, origin in zip(target, source, strict=True):

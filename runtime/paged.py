@@ -71,9 +71,11 @@ class PagedTables:
         rows = [*(count for _, count in blocks), tail_rows]
         for index, count in enumerate(rows):
             if self._rows[index] != count:
+                # Not known while it is being written, should an interrupt come between.
+                self._rows[index] = -1
                 # The value travels as a kernel argument: no host buffer that must outlive a copy.
                 self.rows[index].fill_(count)
-        self._rows = rows
+                self._rows[index] = count
         self.new_row.fill_(tail_rows - 1)
         if (mask is None) != (self.visible is None):
             self.version += 1
@@ -94,6 +96,6 @@ class PagedTables:
             self.addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
             self.capacity = torch.tensor(capacity, dtype=torch.int32, device=device)
             self.rows = torch.zeros(len(capacity), dtype=torch.int32, device=device)
-        self._blocks = [block.index for block in blocks]
         self._rows = [0] * len(capacity)
         self.version += 1
+        self._blocks = [block.index for block in blocks]

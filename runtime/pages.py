@@ -169,9 +169,13 @@ class BlockTable:
             try:
                 with torch.inference_mode(False):
                     buffer = torch.empty(nbytes, dtype=torch.uint8, device=geometry.device)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if not self.may_overflow:
-                    raise
+                    raise DoesNotFitError(
+                        f"the GPU has no room for a resident block of {format_bytes(nbytes)}, "
+                        f"which gpu_budget={format_bytes(self.gpu_budget)} allows: lower "
+                        "gpu_budget, or free GPU memory. What is stored is intact"
+                    ) from error
                 log.warning(
                     "the GPU has no room for another resident block of %s: the rest of the KV goes "
                     "to the host",

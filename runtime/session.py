@@ -1,7 +1,9 @@
 """The state behind one cache: blocks, slots, staging, tail, streams and the committed length.
 
 A session is written only between ``begin`` and ``commit``. ``abort`` returns to the last committed
-length: rows past it are never read, so nothing has to be undone.
+length: rows past it are never read, so nothing has to be undone. An exception, an interrupt of the
+user too, may come between any two statements: what belongs together is assigned at once, and what
+was left half done is marked so and finished by the next call.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import CacheError
 from headinfer_compile.runtime.attention import AttentionRequest, Kernel
+from headinfer_compile.runtime.caller import Caller
 from headinfer_compile.runtime.paged import PagedTables, is_supported
 from headinfer_compile.runtime.slots import NEVER_USED
 from headinfer_compile.runtime.spec import SiteSpec
@@ -63,8 +66,7 @@ class Session(Store):
         """
         super().__init__(num_layers, options)
         self.last_layer = last_layer
-        self.length = 0
-        self.tail_rows = 0
+        self._held = (0, 0)
         self.step: Step | None = None
         self.counters = Counters()
         self.specs: list[SiteSpec] = []
@@ -75,8 +77,13 @@ class Session(Store):
         """What the transfers carried over to the next site bring (``transfer_tags``)."""
         self.schedule_overrides: dict[Any, Any] = {}
         """Schedules loaded by the user, by plan key; they run instead of the built ones."""
-        self.managed = False
-        """A compiled graph is running and will commit or abort the step."""
+        self.plans: dict[Any, Any] = {}
+        """The schedules of the compiled call that is running, by class of sites."""
+        self.max_positions: int | None = None
+        """Tokens that the model was made for; one warning is given beyond."""
+        self._unsettled = False
+        """A step was begun, and neither ``commit`` nor ``abort`` has come to its end."""
+        self._caller = Caller()
         self.claimed_by: tuple[int, int] | None = None
         """The graph and parameter of the last call; any other call is checked by ``claim``."""
         self._owner: frozenset[int] = frozenset()
@@ -84,6 +91,48 @@ class Session(Store):
         self._column_padded = False
         self.around_call: Callable[[], AbstractContextManager[object]] = nullcontext
         """Entered for each compiled call; a simulator plugs in here and in ``make_streams``."""
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return self._held[0]
+
+    @property
+    def tail_rows(self) -> int:
+        """Committed tokens that are in the tail and not in pages."""
+        return self._held[1]
+
+    def hold(self, length: int, tail_rows: int) -> None:
+        """Commit to ``length`` tokens, the last ``tail_rows`` of which are in the tail."""
+        self._held = (length, tail_rows)
+
+    # -- who calls --------------------------------------------------------------------------
+
+    @property
+    def managed(self) -> bool:
+        """A compiled graph is running and will commit or abort the step."""
+        return self._caller.busy
+
+    def enter_call(self) -> None:
+        """Begin a compiled call, after the clean-up that an earlier one was kept from.
+
+        Raises:
+            CacheError: Another thread or process uses the cache.
+        """
+        self._caller.check()
+        if self._unsettled:
+            self.abort()
+        self._caller.enter()
+        self.plans.clear()
+
+    def cancel_call(self) -> None:
+        """Abort the step of the call that this thread is in, if it is in one."""
+        if self._caller.is_this_thread:
+            self.abort()
+
+    def leave_call(self) -> None:
+        """End the call that this thread is in, after ``commit`` or ``cancel_call``."""
+        self._caller.leave()
 
     def claim(self, parameters: frozenset[int]) -> None:
         """Tie the cache to the model whose parameters have these ids.
@@ -105,8 +154,9 @@ class Session(Store):
         if self.slots is not None:
             self.drain()
             self.slots = None
-        self.config = config
         self.ring, self.base = (NEVER_USED,) * config.num_slots, 0
+        # Last: an equal config says that all above is done.
+        self.config = config
 
     # -- steps ------------------------------------------------------------------------------
 
@@ -123,16 +173,24 @@ class Session(Store):
         """Start a forward pass of ``new`` tokens after ``past`` cached ones.
 
         Raises:
-            CacheError: ``past`` is not what the cache holds.
+            CacheError: ``past`` is more than the cache holds, or another thread or
+                process uses it.
             DoesNotFitError: There is no room for the new tokens; the cache is as before.
         """
         assert self.geometry is not None and self.step is None
-        if past != self.length:
+        self._caller.check()
+        if self._unsettled:
+            self.abort()
+        if past > self.length:
             raise CacheError(
                 f"the graph was called with past length {past}, and the cache holds {self.length} "
-                "tokens: an earlier forward was cut short or the cache was changed outside of it; "
-                "crop() or reset() the cache and call again"
+                "tokens: the cache was changed outside of a forward; crop() or reset() the cache "
+                "and call again"
             )
+        self._unsettled = True
+        # The last call was cut short after its commit, before the cache counted its tokens.
+        self.crop(self.length - past)
+        self._warn_beyond_positions(past, new)
         self.streams.begin_step()
         stored, tail_rows, room = past - self.tail_rows, self.tail_rows, self.tail.tokens
         appends = tail_rows + new <= room
@@ -162,9 +220,9 @@ class Session(Store):
         """Make the step's tokens part of the cache."""
         step = self.step
         assert step is not None
-        self.length = step.past + step.new
-        self.tail_rows = self.length - step.stored_after
-        self.step = None
+        length = step.past + step.new
+        self.hold(length, length - step.stored_after)
+        self.step, self._unsettled = None, False
         # A prefill chunk is mostly followed by another; after that only the tail is written back.
         if step.phase == "prefill":
             self.table.prepare(max(self.length + step.new, self.reserved))
@@ -173,9 +231,22 @@ class Session(Store):
 
     def abort(self) -> None:
         """Forget the step; the cache is as it was before it."""
+        self._unsettled = True
         self.step = None
+        # The mask of the call that takes this one's place may be another.
+        self._known_columns = min(self._known_columns, self.length)
         if self.geometry is not None:
             self.drain()
+        self._unsettled = False
+
+    def _warn_beyond_positions(self, past: int, new: int) -> None:
+        limit = self.max_positions
+        if limit is not None and past <= limit < past + new:
+            log.warning(
+                "the cache will hold %d tokens and the model was made for %d "
+                "(max_position_embeddings): depending on the model, expect errors or nonsense",
+                past + new, limit,
+            )  # fmt: skip
 
     def drain(self) -> None:
         """Order all later work after every transfer and reader; no slot is in use afterwards."""
@@ -294,15 +365,15 @@ class Session(Store):
         """Drop the newest ``count`` tokens."""
         if self.geometry is None or count == 0:
             return
-        stored = self.length - self.tail_rows
-        self.length -= count
-        self.tail_rows = max(0, self.length - stored)
-        self._known_columns = min(self._known_columns, self.length)
-        if self.length < stored:
+        stored, length = self.length - self.tail_rows, self.length - count
+        if length < stored:
+            # Before the rows are given up: what was transferred must not pass for what comes.
             self.drain()
             for block in self.table.blocks:
-                if block.start + block.tokens > self.length:
+                if block.start + block.tokens > length:
                     block.version += 1
+        self._known_columns = min(self._known_columns, length)
+        self.hold(length, max(0, length - stored))
 
     def reset(self) -> None:
         """Hold no tokens; buffers stay."""
@@ -312,7 +383,7 @@ class Session(Store):
 
     def close(self) -> None:
         """Wait for the copies in flight and give all memory back."""
-        if not self.closed:
-            self.closed = True
+        self.closed = True
+        if self.geometry is not None and self._caller.is_this_process:
             self.free()
-        self.length = self.tail_rows = 0
+        self.hold(0, 0)

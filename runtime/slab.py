@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ import torch
 
 from headinfer_compile.config import format_bytes
 from headinfer_compile.errors import DoesNotFitError
+from headinfer_compile.runtime.budget import refusing
+from headinfer_compile.runtime.copies import forget_cuda_error
 
 _REGISTER_STEP_BYTES = 256 << 20
 
@@ -35,22 +38,26 @@ class HostSlab:
         """
         self.nbytes = nbytes
         self._registered: list[int] = []
-        self._map: mmap.mmap | None = None
+        no_room = (
+            f"the host has no room for {format_bytes(nbytes)} of KV pages: lower host_budget or "
+            "the context, or free memory. What is stored is intact"
+        )
         if device.type != "cuda":
-            with torch.inference_mode(False):
-                where = "meta" if device.type == "meta" else "cpu"
+            where = "meta" if device.type == "meta" else "cpu"
+            with refusing(no_room), torch.inference_mode(False):
                 self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=where)
             return
+        # Whatever becomes of this slab, an interrupt while it is made too, nothing stays pinned.
+        # Not at exit: the driver may be gone by then, and takes its registrations along.
+        weakref.finalize(self, _unregister, self._registered).atexit = False
         try:
-            self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise DoesNotFitError(
-                f"cannot map {format_bytes(nbytes)} of host memory for KV pages: {error}"
-            ) from error
+            raise DoesNotFitError(f"{no_room} ({error})") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(mmap.MADV_HUGEPAGE)
         with torch.inference_mode(False):
-            self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+            self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
         self._touch()
         self._register(unit_bytes)
 
@@ -71,20 +78,33 @@ class HostSlab:
         step = units * unit_bytes if unit_bytes % mmap.PAGESIZE == 0 else self.nbytes
         for at in range(0, self.nbytes, step):
             pointer = self.tensor.data_ptr() + at
+            # Noted first, or an interrupt right after the call would leave it registered.
+            self._registered.append(pointer)
             status = cudart.cudaHostRegister(pointer, min(step, self.nbytes - at), 0)
             if int(status) != 0:
+                forget_cuda_error()
                 self.close()
                 raise DoesNotFitError(
                     f"the driver refused to pin {format_bytes(self.nbytes)} of host memory "
                     f"({status}); lower host_budget or the context"
                 )
-            self._registered.append(pointer)
+
+    @property
+    def registrations(self) -> int:
+        """Ranges that are pinned."""
+        return len(self._registered)
 
     def close(self) -> None:
         """Unregister; the memory goes back once no view of it is left."""
-        for pointer in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(pointer)
-        self._registered.clear()
+        _unregister(self._registered)
+
+
+def _unregister(pointers: list[int]) -> None:
+    while pointers:
+        if int(torch.cuda.cudart().cudaHostUnregister(pointers[-1])) != 0:
+            # The one that could not be registered.
+            forget_cuda_error()
+        pointers.pop()
 
 
 class SlabAllocator:

@@ -10,7 +10,7 @@ import torch
 
 from headinfer_compile.config import HeadInferConfig, format_bytes
 from headinfer_compile.errors import CacheError, ClosedError, DoesNotFitError
-from headinfer_compile.runtime.budget import default_gpu_budget, default_host_budget
+from headinfer_compile.runtime.budget import default_gpu_budget, default_host_budget, refusing
 from headinfer_compile.runtime.paged import PagedTables
 from headinfer_compile.runtime.pages import BlockTable
 from headinfer_compile.runtime.slots import SlotRing
@@ -140,14 +140,12 @@ class Store:
         table.host_budget = (
             default_host_budget() if options.host_budget is None else options.host_budget
         )
-        try:
+        with refusing(
+            f"the GPU has no room for the fixed buffers: {format_bytes(fixed)} of slots, "
+            f"staging and tail, beside {format_bytes(workspace)} of workspace. Lower "
+            "tail_tokens, page_tokens or num_slots, or free GPU memory"
+        ):
             self.tail = Tail(geometry, tail_tokens, self.streams)
-        except torch.OutOfMemoryError as error:
-            raise DoesNotFitError(
-                f"the GPU has no room for the fixed buffers: {format_bytes(fixed)} of slots, "
-                f"staging and tail, beside {format_bytes(workspace)} of workspace. Lower "
-                "tail_tokens, page_tokens or num_slots, or free GPU memory"
-            ) from error
         self._written = [
             self.streams.new_event("pages.written") for _ in range(geometry.num_layers)
         ]
@@ -181,13 +179,14 @@ class Store:
                 for layout in map(self.layout, phases)
             )
             count = self.config.num_slots
-            try:
-                self.slots = SlotRing(geometry, count, nbytes, self.streams)
-            except torch.OutOfMemoryError as error:
-                raise DoesNotFitError(
-                    f"the GPU has no room for {count} slots of {format_bytes(nbytes)}: lower "
-                    "slot_tokens, page_tokens or num_slots, or free GPU memory"
-                ) from error
+            with refusing(
+                f"the GPU has no room for {count} slots of {format_bytes(nbytes)}: lower "
+                "slot_tokens, page_tokens or num_slots, or free GPU memory"
+            ):
+                ring = SlotRing(geometry, count, nbytes, self.streams)
+            # The allocator may give memory that compute, in whose order it was freed, still uses.
+            self.streams.join("h2d", "compute")
+            self.slots = ring
         return self.slots
 
     def staging_tokens(self, geometry: Geometry) -> int:
@@ -200,11 +199,20 @@ class Store:
         return limit if pages is None else min(limit, 4 * pages)
 
     def make_staging(self) -> StagingRing:
-        """The staging ring, made when the first step needs it."""
+        """The staging ring, made when the first step needs it.
+
+        Raises:
+            DoesNotFitError: The device has no room for it.
+        """
         if self.staging is None:
             assert self.geometry is not None
             tokens = self.staging_tokens(self.geometry)
-            self.staging = StagingRing(self.geometry, tokens, self.streams)
+            nbytes = STAGING_SLOTS * tokens * self.geometry.layer_token_bytes
+            with refusing(
+                f"the GPU has no room for {format_bytes(nbytes)} of staging buffers: lower "
+                "page_tokens, or free GPU memory. What is stored is intact"
+            ):
+                self.staging = StagingRing(self.geometry, tokens, self.streams)
         return self.staging
 
     def check_room(self, tokens: int, token_bytes: int) -> None:
@@ -265,9 +273,11 @@ class Store:
             self.streams.join("h2d", "compute")
             self.streams.drain()
             self.table.close()
-            del self.tail
-        self.slots = self.staging = self.geometry = self._paged = None
+            self.__dict__.pop("tail", None)
+        self.slots = self.staging = self._paged = None
         self.generation += 1
+        # Last: without a geometry there is nothing to give back.
+        self.geometry = None
 
     def bytes_of(self, part: Literal["slots", "staging", "tail"]) -> int:
         """Device bytes of a fixed buffer."""
