@@ -1,4 +1,4 @@
-"""What people do with a cache beyond one greedy run: turns, crops, sampling, padding, autocast."""
+"""What people do with a cache beyond one greedy run: turns, interrupts, crops, resets, autocast."""
 
 from __future__ import annotations
 
@@ -34,19 +34,6 @@ def llama(run_seed: int) -> Iterator[CompiledModel]:
     """One compiled model with 3 KV heads for all tests of this module."""
     with clean_dynamo():
         yield CompiledModel(tiny_llama(run_seed))
-
-
-def test_sampled_tokens(llama: CompiledModel, seed: int) -> None:
-    ids = random_ids(seed, 90)
-    options: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "top_k": 40}
-    torch.manual_seed(seed)
-    oracle = generate(llama.resident, ids, llama.resident_cache(), 16, **options)
-    cache = llama.cache()
-    torch.manual_seed(seed)
-    assert_same(generate(llama.model, ids, cache, 16, prefill_chunk_size=40, **options), oracle)
-    llama.assert_streamed(cache)
-    greedy = generate(llama.resident, ids, llama.resident_cache(), 16)
-    assert not torch.equal(greedy.tokens, oracle.tokens)
 
 
 @pytest.mark.oldest
@@ -108,15 +95,6 @@ def test_reset(llama: CompiledModel, seed: int) -> None:
         assert stats.op_calls == {}
 
 
-def test_reset_for_another_batch(llama: CompiledModel, seed: int) -> None:
-    cache = llama.cache()
-    for batch in (1, 2, 1):
-        ids, oracle = llama.prompt(seed, 50, NEW, batch)
-        assert_same(generate(llama.model, ids, cache, NEW), oracle)
-        assert llama.assert_streamed(cache).kv_bytes == batch * 57 * llama.token_bytes
-        cache.reset()
-
-
 def test_two_caches_in_turn(llama: CompiledModel, seed: int) -> None:
     """One compiled model serves two caches step by step; each has its own length and options."""
     caches = [llama.cache(), llama.cache(page_tokens=32, tail_tokens=3)]
@@ -152,21 +130,6 @@ def test_options_may_change_between_calls(llama: CompiledModel, seed: int) -> No
         after = oracle.tokens
     llama.use()
     llama.assert_streamed(cache)
-
-
-def test_whole_rows_of_padding(llama: CompiledModel, seed: int) -> None:
-    """A row whose first chunks are padding throughout; its K and V must not leak."""
-    mask = torch.ones(2, 90, dtype=torch.int64)
-    mask[0, :77] = 0
-    mask[1, :1] = 0
-    ids, oracle = llama.prompt(seed, 90, NEW, 2, attention_mask=mask)
-    for chunk in (35, 90):
-        cache = llama.cache()
-        run = generate(llama.model, ids, cache, NEW, prefill_chunk_size=chunk, attention_mask=mask)
-        assert_same(run, oracle)
-        llama.assert_streamed(cache)
-    alone = generate(llama.resident, ids[:1, 77:], llama.resident_cache(), NEW)
-    assert torch.equal(alone.tokens[:, -NEW:], oracle.tokens[:1, -NEW:])
 
 
 def test_autocast(llama: CompiledModel, seed: int) -> None:
