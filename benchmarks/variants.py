@@ -300,9 +300,12 @@ class Variants:
             if not sign:
                 budget = part
                 continue
-            value = _value(text)
             target = cache_options if key in ("page_tokens", "tail_tokens") else options
-            target[key] = value
+            # `inductor.coordinate_descent_tuning=true` is an entry of the option `inductor`.
+            key, dot, entry = key.partition(".")
+            if dot:
+                target, key = target.setdefault(key, {}), entry
+            target[key] = _value(text)
         limit = int(budget) if budget.isdecimal() else budget
         return _HeadInfer(name, twin(self.model, "sdpa"), limit, options, cache_options)
 

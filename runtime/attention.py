@@ -184,7 +184,9 @@ def _flash_attn_reason(request: AttentionRequest) -> str | None:
 
 
 def _fa3_reason(request: AttentionRequest) -> str | None:
-    reason = _limits(request, _HALF, oldest=(9, 0)) or _head_dims(request, 256, equal=True)
+    # Builds without fp16 exist, and only a call would tell: bf16 is what all of them have.
+    bf16 = (torch.bfloat16,)
+    reason = _limits(request, bf16, oldest=(9, 0)) or _head_dims(request, 256, equal=True)
     if reason is None and request.capability is not None and request.capability[0] != 9:
         return f"is built for compute capability 9, found {request.capability}"
     if reason is None and kernels.fa3_function() is None:

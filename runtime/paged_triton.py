@@ -20,6 +20,7 @@ _TILE = 32
 _LOG2_E = 1.4426950408889634
 _PROGRAMS_PER_SM = 2
 _NUM_WARPS, _NUM_STAGES = 4, 2
+_JOIN_TILE = 32
 
 
 @triton.jit(do_not_specialize=["num_blocks", "q_batch", "q_head", "visible_batch"])
@@ -45,6 +46,7 @@ def _split_kernel(
     D_PAD: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
+    BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -56,12 +58,16 @@ def _split_kernel(
     dim = tl.arange(0, D_PAD)
     v_dim = tl.arange(0, DV_PAD)
 
-    total = 0
-    for i in range(num_blocks):
-        total += tl.load(rows_ptr + i)
-    share = tl.cdiv(tl.cdiv(total, SPLITS), TILE) * TILE
-    low = split * share
-    high = tl.minimum(total, low + share)
+    # One load for all blocks: a loop over them would pay a memory latency for each.
+    block = tl.arange(0, BLOCKS)
+    counts = tl.load(rows_ptr + block, mask=block < num_blocks, other=0)
+    ends = tl.cumsum(counts, 0)
+    total = tl.sum(counts, 0)
+    tiles = tl.cdiv(total, TILE)
+    low = split * tiles // SPLITS * TILE
+    high = tl.minimum(total, (split + 1) * tiles // SPLITS * TILE)
+    first_block = tl.sum(((ends <= low) & (block < num_blocks)).to(tl.int32), 0)
+    last_block = tl.sum(((ends - counts < high) & (block < num_blocks)).to(tl.int32), 0)
 
     q_at = q_ptr + batch * q_batch + (head * G + group[:, None]) * q_head + dim[None, :]
     q = tl.load(q_at, mask=(group < G)[:, None] & (dim < D)[None, :], other=0.0)
@@ -69,8 +75,8 @@ def _split_kernel(
     norm = tl.zeros([G_PAD], tl.float32)
     acc = tl.zeros([G_PAD, DV_PAD], tl.float32)
 
-    start = 0
-    for i in range(num_blocks):
+    for i in range(first_block, last_block):
+        start = tl.sum(tl.where(block < i, counts, 0), 0)
         rows = tl.load(rows_ptr + i)
         tokens = tl.load(capacity_ptr + i).to(tl.int64)
         element = q_ptr.dtype.element_ty
@@ -111,7 +117,6 @@ def _split_kernel(
             acc = acc * shrink[:, None]
             acc += tl.dot(weight.to(v.dtype), v, input_precision="ieee")
             top = new_top
-        start += rows
 
     at = (pair * SPLITS + split) * G + group
     any_seen = norm > 0.0
@@ -130,14 +135,14 @@ def _join_kernel(
     lse_ptr,
     G: tl.constexpr,
     DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
+    DV_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     row = tl.program_id(0)
     pair = row // G
     group = row % G
     split = tl.arange(0, SPLITS)
-    v_dim = tl.arange(0, DV_PAD)
+    v_dim = tl.program_id(1) * DV_TILE + tl.arange(0, DV_TILE)
     at = (pair * SPLITS + split) * G + group
     lse = tl.load(part_lse_ptr + at)
     top = tl.max(lse, 0)
@@ -149,7 +154,7 @@ def _join_kernel(
     )
     out = tl.sum(part * weight[:, None], 0) / tl.where(norm > 0.0, norm, 1.0)
     tl.store(out_ptr + row * DV + v_dim, out.to(out_ptr.dtype.element_ty), mask=v_dim < DV)
-    # The partial LSEs are in base 2.
+    # The partial LSEs are in base 2; each program of a row stores the same value.
     tl.store(lse_ptr + row, (top + tl.log2(norm)) * 0.6931471805599453)
 
 
@@ -217,12 +222,14 @@ def attend_paged(
         D_PAD=triton.next_power_of_2(dim),
         DV=v_head_dim,
         DV_PAD=v_pad,
+        BLOCKS=max(16, triton.next_power_of_2(addresses.shape[0])),
         TILE=_TILE,
         SPLITS=splits,
         num_warps=_NUM_WARPS,
         num_stages=_NUM_STAGES,
     )
-    _join_kernel[(batch * heads,)](
-        part, part_lse, out, lse, G=group, DV=v_head_dim, DV_PAD=v_pad, SPLITS=splits
+    join_tile = min(_JOIN_TILE, v_pad)
+    _join_kernel[(batch * heads, triton.cdiv(v_head_dim, join_tile))](
+        part, part_lse, out, lse, G=group, DV=v_head_dim, DV_TILE=join_tile, SPLITS=splits
     )
     return out, lse

@@ -35,9 +35,9 @@ def pack(session: Session, layer: int, k: torch.Tensor, v: torch.Tensor, piece: 
         if step.tail_rows == 0:
             streams.wait(tail.copied[layer], "compute")
         if step.paged:
-            row = session.paged_tables().new_row
-            for target, fresh in zip(tail.layers[layer], new, strict=True):
-                target.index_copy_(2, row, fresh)
+            from headinfer_compile.runtime.append_triton import append_row
+
+            append_row(k, v, tail.layers[layer], session.paged_tables().new_row)
             return APPEND
         _assign(_rows(tail.layers[layer], step.tail_rows, step.tail_rows + step.new), new)
         return APPEND

@@ -214,3 +214,24 @@ def test_a_real_model_gives_the_resident_tokens() -> None:
         assert (stats.sites_rewritten, stats.eager_updates) == (30, 0)
         assert stats.materialised_layers == 0
         assert (stats.h2d_bytes > 0) == (budget != "1GiB")
+
+
+def test_autocast_gives_what_a_resident_run_under_autocast_gives() -> None:
+    seed = torch.seed() % 2**31
+    model, ids = model_on_gpu(seed), prompt(seed, 600)
+    with torch.no_grad():
+        exact = model(input_ids=ids).logits
+    runs = []
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.__members__[name]):
+                runs.append(model(input_ids=ids).logits.float())
+    model.compile(backend=headinfer, options={"lowering": "eager"})
+    cache = HeadInferCache(model.config, gpu_budget=0, page_tokens=64, tail_tokens=16)
+    with torch.autocast("cuda", torch.bfloat16):
+        parts = [decode(model, cache, ids[:, at : at + 150]) for at in range(0, 600, 150)]
+    error = (torch.cat(parts, 1).float() - exact).norm()
+    assert error <= 1.1 * max((run - exact).norm() for run in runs), f"seed {seed}"
+    assert cache.session.geometry is not None
+    assert cache.session.geometry.dtype == torch.bfloat16
+    assert cache.stats().materialised_layers == 0
