@@ -29,3 +29,7 @@ class DoesNotFitError(HeadInferError, MemoryError):
 
 class ScheduleError(HeadInferError):
     """A schedule breaks one of the invariants of ``docs/design.md``; it was not run."""
+
+
+class HostAttentionError(HeadInferError):
+    """Attention on the CPU failed; the tokens of the step it belonged to were dropped again."""

@@ -157,9 +157,10 @@ def test_the_wheel_holds_every_module(wheel_files: dict[str, str]) -> None:
     expected = {
         f"{package.replace('.', '/')}/{path.name}"
         for folder, package in FOLDERS.items()
-        for path in (ROOT / folder).glob("*.py")
+        for pattern in ("*.py", "*.cpp", "*.h")
+        for path in (ROOT / folder).glob(pattern)
     }
-    assert expected, "no sources found"
+    assert f"{PACKAGE}/runtime/host_attention.cpp" in expected
     shipped = {name for name in wheel_files if ".dist-info/" not in name}
     assert shipped == expected | {f"{PACKAGE}/py.typed"}
 
