@@ -22,6 +22,7 @@ CASES = {
     "logits": "our logits against those of resident kernels",
     "needle": "recall of planted pairs over depth and length",
     "timeline": "kernels and copies of one decode step, by stream",
+    "host_attention": "attention over host pages on the CPU, against a plain read of them",
     "roofline": "the rates of this machine",
     "bars": "judges the results and writes bars.json",
     "plots": "draws the pictures from the results",

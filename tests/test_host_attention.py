@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import host_attention as benchmark
 from headinfer_compile.errors import HostAttentionError
 from headinfer_compile.runtime import host_attention, host_build
 from headinfer_compile.runtime.host_attention import (
@@ -251,3 +252,15 @@ def test_the_quota_of_the_older_cgroups(tmp_path: Path) -> None:
     for quota, cores in (("-1", None), ("350000", 3), ("50000", 1)):
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
         assert host_attention.cgroup_cores(tmp_path) == cores
+
+
+def test_the_benchmark_compares_with_a_plain_read(tmp_path: Path) -> None:
+    sizes = ["--pages", "1MiB", "--page-tokens", "64", "--layer-pages", "2", "--seconds", "0.01"]
+    how = ["--device", "cpu", "--threads", "1", "--rounds", "1", "--rows", "4x1", "2x3"]
+    rows = benchmark.main([*sizes, *how, "--out", str(tmp_path / "rows.json")])
+    assert [(row["queries_per_kv"], row["queries"]) for row in rows] == [(4, 1), (2, 3)]
+    for row in rows:
+        assert row["of_read"] == pytest.approx(
+            row["attend_gb_s"]["median"] / row["read_gb_s"]["median"], rel=1e-3
+        )
+        assert row["layer_bytes"] == 2 * 64 * 8 * 128 * 2 * 2
