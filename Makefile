@@ -18,7 +18,7 @@ STAMPS := $(VENV)/stamps
 WORKERS := -n 2 --dist loadfile
 PARALLEL := OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-slow test-oldest test-gpu bench bench-ci plots lint clean FORCE
+.PHONY: help demo test test-slow test-oldest test-gpu bench bench-ci plots docs docs-links lint clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,8 @@ help:
 	@echo "make bench        a benchmark: CASE=decode ARGS='--context 128K --synthetic'; lists them without CASE"
 	@echo "make bench-ci     regressions against benchmarks/baseline.json; ACCEPT=1 writes it anew"
 	@echo "make plots        judges benchmarks/results and draws its pictures"
+	@echo "make docs         the site, docs/_build/html; warnings are errors"
+	@echo "make docs-links   its links to elsewhere, over the network"
 	@echo "make lint         ruff, format, mypy --strict"
 	@echo "make clean        remove .venv"
 
@@ -58,6 +60,13 @@ bench-ci: $(STAMPS)/test
 plots: $(STAMPS)/bench
 	$(PY) -m benchmarks.bars
 	$(PY) -m benchmarks.plots
+
+docs: $(STAMPS)/docs
+	$(PY) -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
+	$(PY) docs/check_site.py docs/_build/html
+
+docs-links: $(STAMPS)/docs
+	$(PY) -m sphinx -q -b linkcheck docs docs/_build/links
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .
@@ -96,6 +105,10 @@ $(STAMPS)/bench: $(STAMPS)/test
 
 $(STAMPS)/dev: $(STAMPS)/test
 	$(PIP) -e '.[demo,dev]'
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/demo
+	$(PIP) -e '.[demo,docs]'
 	@touch $@
 
 # An overlay in front of .venv: the older transformers with what it needs, but the same torch.

@@ -9,11 +9,10 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from harness import clean_dynamo, random_ids, tiny_llama
+from harness import clean_dynamo, tiny_llama
 from headinfer_compile import explain
 from headinfer_compile.passes.pipeline import GRAPH_PASSES, PLAN_PASSES
 
@@ -155,20 +154,3 @@ def test_a_later_run_adds_to_the_folder(folder: Path, tmp_path: Path) -> None:
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {name: after[name] for name in before} == before
     assert len(after) > len(before)
-
-
-def test_the_code_blocks_of_the_document_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "debugging.md").read_text(encoding="ascii")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {"model": tiny_llama(0), "prompt": random_ids(0, 80)}
-    with clean_dynamo():
-        for code in blocks:
-            exec(code, scope)
-    assert "model graph" in capsys.readouterr().out
-    edited = scope["path"].read_text(encoding="utf-8")
-    assert edited.index("headinfer.output") < edited.index("headinfer.pack")
-    assert scope["cache"].stats().eager_updates == 0

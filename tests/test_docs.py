@@ -1,0 +1,190 @@
+"""Every code block of the documents runs, every link leads somewhere, every listing is the tool's.
+
+``HEADINFER_ACCEPT=1`` writes the listings anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from docs_harness import (
+    PAGES,
+    REASONS,
+    ROOT,
+    Block,
+    anchors,
+    blocks_of,
+    check_python,
+    commands_of,
+    lanes,
+    relative_links,
+    run_command,
+    run_python,
+    tidy_graph,
+    tidy_schedule,
+    tokens_of,
+)
+from harness import clean_dynamo
+from headinfer_compile import HeadInferCache, backend, explain
+from headinfer_compile.passes.lower import lower_regions
+
+#: The model that the documents use; a folder of this name stands in for the hub.
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RUNNABLE = ("python", "console")
+
+
+def page_name(page: Path) -> str:
+    """The name of a page in test ids."""
+    return str(page.relative_to(ROOT))
+
+
+WITH_CODE = [page for page in PAGES if any(block.lang in RUNNABLE for block in blocks_of(page))]
+
+
+@pytest.fixture
+def reader(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with a tiny model under the name of the one in the documents."""
+    shutil.copytree(tiny_checkpoint, tmp_path / MODEL)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_page(page: Path) -> None:
+    """Run the blocks of a page in order, in one namespace."""
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    with clean_dynamo():
+        for block in blocks_of(page):
+            if block.lang == "console":
+                for words in commands_of(block):
+                    run_command(block, words)
+            elif block.lang == "python" and block.listing is None:
+                if block.reason is None:
+                    run_python(block, scope)
+                else:
+                    check_python(block)
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=page_name)
+def test_the_code_of_a_page_runs(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Regions run op by op here, to save minutes of Inductor; the slow test runs what is printed.
+    lower = functools.partial(_lower_eagerly, lower_regions)
+    monkeypatch.setattr(backend, "lower_regions", lower)
+    run_page(page)
+
+
+def _lower_eagerly(lower: Any, *args: Any, **kwargs: Any) -> Any:
+    return lower(*args, **{**kwargs, "lowering": "eager"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/getting_started.md"])
+def test_the_first_pages_run_with_inductor(name: str, reader: Path) -> None:
+    run_page(ROOT / name)
+
+
+def test_fences_have_a_known_language_and_reason() -> None:
+    for block in (block for page in PAGES for block in blocks_of(page)):
+        known = block.lang in ("", *RUNNABLE) or block.lang.startswith("{")
+        assert known or (block.lang == "text" and block.listing), block.name
+        assert block.reason is None or block.reason in REASONS, block.name
+        assert block.listing is None or block.listing in LISTINGS, block.name
+
+
+def test_no_block_is_given_twice() -> None:
+    seen: dict[str, Block] = {}
+    for block in (block for page in PAGES for block in blocks_of(page)):
+        if block.lang in RUNNABLE and block.listing is None:
+            first = seen.setdefault(block.code.strip(), block)
+            assert first is block, f"{block.name} is {first.name} again"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for path, anchor in relative_links(page):
+        target = page if not path else (page.parent / path).resolve()
+        assert target.exists(), f"{page_name(page)} links to {path}, which is not there"
+        if anchor:
+            assert anchor in anchors(target), f"{page_name(page)}: no heading #{anchor} in {path}"
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^(\w+)$", index, re.M))
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} == listed
+
+
+class Attention(torch.nn.Module):
+    """The attention whose graphs the README shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 64, bias=False)
+        self.out = torch.nn.Linear(32, 16, bias=False)
+
+    def forward(self, x: torch.Tensor, past_key_values: HeadInferCache) -> torch.Tensor:
+        """From ``x [B, n, 16]``, 4 query heads over 2 KV heads of 8, back to ``[B, n, 16]``."""
+        heads = self.qkv(x).view(*x.shape[:2], 8, 8).transpose(1, 2)
+        q, k, v = heads.split([4, 2, 2], dim=1)
+        k, v = past_key_values.update(k, v, 0)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        out: torch.Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.fixture(scope="module")
+def listings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the tool makes of ``Attention`` in a decode step over two KV blocks in host memory."""
+    folder = tmp_path_factory.mktemp("dump")
+    cache = HeadInferCache.from_shape(
+        num_layers=1, num_kv_heads=2, head_dim=8, dtype=torch.float32,
+        page_tokens=16, tail_tokens=8, gpu_budget=0,
+    )  # fmt: skip
+    with clean_dynamo(), cache, torch.no_grad():
+        cache.update(torch.randn(1, 2, 32, 8), torch.randn(1, 2, 32, 8), 0)
+        explain(
+            Attention(),
+            torch.randn(1, 1, 16),
+            past_key_values=cache,
+            options={"lowering": "eager", "num_slots": 2, "debug_dir": str(folder)},
+        )
+    dumps = {path.stem[4:]: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    return {name: tidy(dumps[dump]) for name, (dump, tidy) in LISTINGS.items()}
+
+
+#: Name of each listing: the dump it comes from, and how it is shortened.
+LISTINGS = {
+    "graph-before": ("dynamo", tidy_graph),
+    "graph-after": ("partition", tidy_graph),
+    "schedule": ("schedule", tidy_schedule),
+    "lanes": ("schedule", lanes),
+}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for page in PAGES for block in blocks_of(page) if block.listing],
+    ids=lambda block: f"{block.page.stem}-{block.listing}",
+)
+def test_a_listing_is_what_the_tool_makes(block: Block, listings: dict[str, str]) -> None:
+    made = listings[block.listing or ""].strip() + "\n"
+    if block.code == made:
+        return
+    if os.environ.get("HEADINFER_ACCEPT"):
+        text = block.page.read_text(encoding="utf-8")
+        fence = re.compile(
+            rf"(<!-- listing: {block.listing} -->\n+```\w+\n).*?(^```$)", re.M | re.S
+        )
+        text = fence.sub(lambda match: match[1] + made + match[2], text)
+        block.page.write_text(text, encoding="utf-8")
+    else:
+        same = block.lang == "python" and tokens_of(block.code) == tokens_of(made)
+        assert same, f"{block.name}: HEADINFER_ACCEPT=1 writes it anew:\n{made}"
