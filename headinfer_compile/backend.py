@@ -11,6 +11,7 @@ import torch
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
+from headinfer_compile.activations import activation_model
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import HeadInferError, OptionError
 from headinfer_compile.executor import CompiledGraph, GraphReport
@@ -179,6 +180,7 @@ def _compile(
     context = PassContext(config, example_inputs)
     dump = Dump(config.debug_dir)
     split, pass_reports = run_graph_passes(gm, context, dump, keep_text)
+    activations = activation_model(split, config.lowering)
     regions = lower_regions(
         split, example_inputs, lowering=config.lowering, inductor=config.inductor
     )
@@ -204,6 +206,7 @@ def _compile(
         positions_index=positions[0] if positions else None,
         last_layer=last_layer,
         dump=dump,
+        activations=activations,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from headinfer_compile.activations import ActivationModel, sizes_of
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import CacheError
 from headinfer_compile.passes.context import META, AttentionSite, Decline
@@ -28,9 +29,6 @@ from headinfer_compile.runtime.step import Step
 from headinfer_compile.step_graphs import StepGraphs
 
 log = logging.getLogger(__name__)
-
-_ACTIVATIONS_PER_QUERY_BYTE = 16
-"""Peak bytes of a layer's activations per byte of its queries, for the automatic budget."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class CompiledGraph:
     last_layer: int
     """The last layer that updates the cache in this graph."""
     dump: Dump
+    activations: ActivationModel
     specs: list[SiteSpec] = field(default_factory=list)
     schedules: dict[PlanKey, Schedule] = field(default_factory=dict)
     prologues: dict[PlanKey, Schedule] = field(default_factory=dict)
@@ -118,6 +117,10 @@ class CompiledGraph:
         try:
             session.enter_call()
             self._claim(session, args)
+            if session.length == 0:
+                # Only then may buffers and the automatic budget be made, in the first site.
+                found = self.activations.evaluate(sizes_of(self.graph_module, args))
+                session.forward_bytes = max(0, found.peak_bytes(0) - found.site_input_bytes)
             with session.around_call():
                 if self.config.cuda_graphs:
                     result = self._steps.run(session, args)
@@ -166,11 +169,9 @@ class CompiledGraph:
                 "Nothing was stored"
             )
 
-    def start(
-        self, session: Session, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int
-    ) -> Step:
+    def start(self, session: Session, k: torch.Tensor, v: torch.Tensor, past: int) -> Step:
         """Begin the step of this call at its first site."""
-        return session.start(k, v, past, _ACTIVATIONS_PER_QUERY_BYTE * q.nbytes)
+        return session.start(k, v, past, session.forward_bytes)
 
     def run_site(
         self, index: int, handle: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -206,7 +207,7 @@ class CompiledGraph:
     ) -> torch.Tensor:  # fmt: skip
         site, spec = self.sites[index], self.site_specs[index]
         if session.step is None:
-            self.start(session, q, k, v, past)
+            self.start(session, k, v, past)
         assert session.step is not None
         form = self.specs[spec].mask
         if form.padding is not None:

@@ -12,6 +12,7 @@ from headinfer_compile.passes.context import AttentionSite, Decline
 from headinfer_compile.passes.pipeline import PassReport
 from headinfer_compile.passes.schedule import Schedule
 from headinfer_compile.passes.schedule_text import schedule_text
+from headinfer_compile.planner import Plan
 from headinfer_compile.report_text import render
 from headinfer_compile.stats import CacheStats
 
@@ -80,6 +81,8 @@ class Explanation:
     graphs: tuple[GraphExplanation, ...]
     storage: CacheStats
     """The bytes of the cache afterwards; on the meta device what they would be."""
+    plan: Plan | None = None
+    """Bytes and seconds on this machine; None where a call was explained, or it does not fit."""
 
     @property
     def sites(self) -> tuple[AttentionSite, ...]:
@@ -105,6 +108,7 @@ class Explanation:
             "title": self.title,
             "graphs": [_graph_json(graph) for graph in self.graphs],
             "storage": dataclasses.asdict(self.storage),
+            "plan": None if self.plan is None else self.plan.to_json(),
         }
 
 

@@ -126,7 +126,7 @@ class _PlannedGraph(_RecordedGraph):
     ) -> torch.Tensor:  # fmt: skip
         session = session_of(handle)
         if session.step is None:
-            self.start(session, q, k, v, past)
+            self.start(session, k, v, past)
         self._note(index, session)
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 

@@ -42,7 +42,7 @@ from headinfer_compile.passes.happens_before import BEFORE, COMPUTE, D2H, H2D, n
 from headinfer_compile.passes.place import FIXED_INPUTS
 from headinfer_compile.passes.schedule import APPEND, PlanKey
 from headinfer_compile.passes.verify_rules import LAYERS, RULES, Move, State
-from headinfer_compile.runtime.staging import STAGING_SLOTS
+from headinfer_compile.runtime.sizes import STAGING_SLOTS
 
 _NUMBERS = {
     **dict.fromkeys(("spec", "group", "chunk", "span", "block", "slot", "piece"), int),

@@ -35,7 +35,7 @@ from headinfer_compile.passes.schedule import (
     Transfer,
 )
 from headinfer_compile.runtime.ops import NAMESPACE
-from headinfer_compile.runtime.staging import STAGING_SLOTS
+from headinfer_compile.runtime.sizes import STAGING_SLOTS
 
 LAYERS = ("layer", "next_layer")
 

@@ -12,7 +12,21 @@ import torch
 from headinfer_compile.errors import DoesNotFitError
 
 _HOST_MARGIN = 0.1
-_ALLOCATOR_SLACK_BYTES = 512 << 20
+ALLOCATOR_SLACK_BYTES = 512 << 20
+"""Device bytes left for the allocator's fragments and for kernels that load later."""
+LIBRARY_BYTES = 32 << 20
+"""What cuBLAS keeps on a stream, at most."""
+
+
+def device_room(device: torch.device) -> int:
+    """Bytes that this process may still allocate on a CUDA device: free there, or freed before.
+
+    Other processes and a limit set by ``set_per_process_memory_fraction`` count.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    reserved = torch.cuda.memory_reserved(device)
+    return min(free, limit - reserved) + reserved - torch.cuda.memory_allocated(device)
 
 
 @contextmanager
@@ -42,11 +56,7 @@ def default_gpu_budget(device: torch.device, needed_bytes: int) -> int:
     """
     if device.type != "cuda":
         return 0
-    free, total = torch.cuda.mem_get_info(device)
-    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    reserved = torch.cuda.memory_reserved(device)
-    usable = min(free, limit - reserved) + reserved - torch.cuda.memory_allocated(device)
-    return max(0, usable - needed_bytes - _ALLOCATOR_SLACK_BYTES)
+    return max(0, device_room(device) - needed_bytes - ALLOCATOR_SLACK_BYTES)
 
 
 def default_host_budget() -> int:

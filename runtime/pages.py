@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from headinfer_compile.config import format_bytes
 from headinfer_compile.errors import DoesNotFitError
+from headinfer_compile.runtime.block_plan import BlockPlan, Tier
 from headinfer_compile.runtime.slab import HostSlab, SlabAllocator
 from headinfer_compile.runtime.spec import Geometry, kv_views
 
 log = logging.getLogger(__name__)
 
 Views = tuple[torch.Tensor, torch.Tensor]
-
-_PAGE_BYTES = 32 << 20
-"""Transfer unit that reaches 99 % of a PCIe 5 link even behind a slow host path."""
-_FIRST_PAGE_TOKENS = 1024
-_LARGEST_RESIDENT_TOKENS = 65536
 
 
 @dataclass
@@ -34,7 +29,7 @@ class TokenBlock:
     index: int
     start: int
     tokens: int
-    tier: Literal["gpu", "host"]
+    tier: Tier
     pages: list[Views]
     nbytes: int
     slab: HostSlab | None
@@ -58,18 +53,24 @@ class BlockTable:
     def __post_init__(self) -> None:
         self._slabs = SlabAllocator(self.geometry.device)
 
-    def tokens_of(self, index: int) -> int:
-        """Tokens of block ``index``: constant when given, else doubling up to 32 MiB pages."""
-        if self.page_tokens is not None:
-            return self.page_tokens
-        largest = max(256, _PAGE_BYTES // self.geometry.layer_token_bytes)
-        largest = 1 << (largest.bit_length() - 1)
-        return min(largest, _FIRST_PAGE_TOKENS << max(0, index - 1))
-
     @property
     def largest_page_tokens(self) -> int:
         """Tokens of the largest page this table will ever make."""
-        return self.tokens_of(64)
+        return self._block_plan().tokens_of(64)
+
+    def _block_plan(self) -> BlockPlan:
+        """The blocks there are, as a plan that may grow."""
+        return BlockPlan(
+            self.geometry.layer_token_bytes,
+            self.geometry.num_layers,
+            self.page_tokens,
+            self.gpu_budget,
+            capacity=self.capacity,
+            gpu_bytes=self.bytes_on("gpu"),
+            host_bytes=self.bytes_on("host"),
+            count=len(self.blocks),
+            on_host=any(block.tier == "host" for block in self.blocks),
+        )
 
     @property
     def capacity(self) -> int:
@@ -85,54 +86,24 @@ class BlockTable:
         """Bytes of the largest host slab so far, the granularity of host memory."""
         return max((block.nbytes for block in self.blocks if block.slab), default=0)
 
-    def plan(self, tokens: int) -> list[tuple[int, Literal["gpu", "host"]]]:
+    def plan(self, tokens: int) -> list[tuple[int, Tier]]:
         """Tokens and tier of the blocks still to be made to hold ``tokens`` tokens.
 
         Raises:
             DoesNotFitError: The host budget does not hold them. Nothing has been made.
         """
-        made: list[tuple[int, Literal["gpu", "host"]]] = []
-        capacity, gpu, host = self.capacity, self.bytes_on("gpu"), self.bytes_on("host")
-        on_host = any(block.tier == "host" for block in self.blocks)
-        while capacity < tokens:
-            index = len(self.blocks) + len(made)
-            count = 0
-            if not on_host:
-                room = self.gpu_budget - gpu
-                count = self._resident_tokens(capacity, tokens - capacity, index, room)
-            if count:
-                made.append((count, "gpu"))
-                gpu += count * self.geometry.token_bytes
-            else:
-                on_host = True
-                count = self.tokens_of(index)
-                made.append((count, "host"))
-                host += count * self.geometry.token_bytes
-            capacity += count
-        if host > self.host_budget:
-            held = capacity - (host - self.host_budget) // self.geometry.token_bytes
+        plan = self._block_plan()
+        made = plan.grow(tokens)
+        if plan.host_bytes > self.host_budget:
+            over = plan.host_bytes - self.host_budget
+            held = plan.capacity - over // self.geometry.token_bytes
             raise DoesNotFitError(
-                f"{tokens} tokens need {format_bytes(host)} of host memory for KV pages beside "
-                f"{format_bytes(gpu)} on the GPU, and host_budget is "
+                f"{tokens} tokens need {format_bytes(plan.host_bytes)} of host memory for KV pages "
+                f"beside {format_bytes(plan.gpu_bytes)} on the GPU, and host_budget is "
                 f"{format_bytes(self.host_budget)}: raise host_budget or gpu_budget, or keep the "
                 f"context under about {max(0, held)} tokens"
             )
         return made
-
-    def _resident_tokens(self, capacity: int, needed: int, index: int, budget: int) -> int:
-        """Tokens of a resident block after ``capacity`` tokens, or 0 if the budget has no room.
-
-        Blocks double what there is, so that few are attended: a resident block is never
-        transferred, and 32 MiB pages bound only its smallest size.
-        """
-        page = self.tokens_of(index)
-        if self.page_tokens is not None:
-            return page if page * self.geometry.token_bytes <= budget else 0
-        wanted = max(capacity, needed, _FIRST_PAGE_TOKENS)
-        count = min(_LARGEST_RESIDENT_TOKENS, 1 << (wanted - 1).bit_length())
-        while count >= page and count * self.geometry.token_bytes > budget:
-            count //= 2
-        return count if count >= page else 0
 
     def ensure(self, tokens: int) -> None:
         """Make blocks until there are pages for ``tokens`` tokens.
@@ -160,7 +131,7 @@ class BlockTable:
     def _slab_size(self, tokens: int) -> tuple[int, int]:
         return tokens * self.geometry.token_bytes, tokens * self.geometry.layer_token_bytes
 
-    def _append(self, tokens: int, tier: Literal["gpu", "host"]) -> None:
+    def _append(self, tokens: int, tier: Tier) -> None:
         geometry = self.geometry
         nbytes, page_bytes = self._slab_size(tokens)
         slab = None

@@ -22,6 +22,7 @@ from headinfer_compile.errors import CacheError
 from headinfer_compile.runtime.attention import AttentionRequest, Kernel
 from headinfer_compile.runtime.caller import Caller
 from headinfer_compile.runtime.paged import PagedTables, is_supported
+from headinfer_compile.runtime.sizes import query_bytes, query_chunk
 from headinfer_compile.runtime.slots import NEVER_USED
 from headinfer_compile.runtime.spec import SiteSpec
 from headinfer_compile.runtime.step import (
@@ -273,18 +274,20 @@ class Session(Store):
         if index not in step.query_chunk:
             layout = self.layout(step.phase)
             heads = geometry.batch * layout.head_group * spec.queries_per_kv
-            item = geometry.dtype.itemsize
-            # An fp32 accumulator, the kernel's own output and two LSE rows for each query.
-            per_query = heads * (spec.v_head_dim * (4 + item) + 8)
-            if (
+            masked = (
                 spec.mask.window is not None
                 or spec.mask.expr is not None
                 or any(step.padding.values())
-            ):
-                # A block mask and the bias that kernels make of it.
-                per_query += geometry.batch * max(layout.slot_tokens, step.new) * (1 + item)
-            limit = max(16, int(self.config.workspace_bytes) // per_query // 16 * 16)
-            step.query_chunk[index] = min(limit, step.new)
+            )
+            per_query = query_bytes(
+                heads,
+                spec.v_head_dim,
+                geometry.dtype.itemsize,
+                batch=geometry.batch,
+                mask_columns=max(layout.slot_tokens, step.new) if masked else 0,
+            )
+            limit = int(self.config.workspace_bytes)
+            step.query_chunk[index] = query_chunk(limit, per_query, step.new)
             used = per_query * step.query_chunk[index]
             self.counters.workspace_bytes = max(self.counters.workspace_bytes, used)
         return -(-step.new // step.query_chunk[index])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from headinfer_compile.runtime.sizes import STAGING_SLOTS
 from headinfer_compile.runtime.spec import Geometry, kv_views
 from headinfer_compile.runtime.streams import Event, Streams
 
 Views = tuple[torch.Tensor, torch.Tensor]
-
-STAGING_SLOTS = 2
 
 
 class StagingRing:

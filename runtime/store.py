@@ -10,17 +10,15 @@ import torch
 
 from headinfer_compile.config import HeadInferConfig, format_bytes
 from headinfer_compile.errors import CacheError, ClosedError, DoesNotFitError
+from headinfer_compile.runtime import sizes
 from headinfer_compile.runtime.budget import default_gpu_budget, default_host_budget, refusing
 from headinfer_compile.runtime.paged import PagedTables
 from headinfer_compile.runtime.pages import BlockTable
 from headinfer_compile.runtime.slots import SlotRing
 from headinfer_compile.runtime.spec import Geometry
-from headinfer_compile.runtime.staging import STAGING_SLOTS, StagingRing, Tail
+from headinfer_compile.runtime.staging import StagingRing, Tail
 from headinfer_compile.runtime.step import Phase
 from headinfer_compile.runtime.streams import Event, Streams
-
-_STAGING_TOKENS, _STAGING_BYTES = 16384, 32 << 20
-_TAIL_TOKENS, _TAIL_BYTES = 256, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,6 @@ class SessionOptions:
     tail_tokens: int | None = None
     device: torch.device | None = None
     """The only device that K and V may come from; None: any."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a phase cuts KV: heads per group and tokens per slot."""
-
-    head_group: int
-    slot_tokens: int
 
 
 class Store:
@@ -56,6 +46,8 @@ class Store:
         """Tokens of the first call: the chunk that most calls of a prefill have."""
         self.reserved = 0
         """Tokens announced by ``check_room``; their slabs are made in the background."""
+        self.forward_bytes = 0
+        """What the forward in progress needs on the device beside what it held at its first site."""
         self.geometry: Geometry | None = None
         self.generation = 0
         """How often the memory was given back: captured addresses hold within one generation."""
@@ -121,15 +113,13 @@ class Store:
     def _allocate(self, geometry: Geometry, activation_bytes: int) -> None:
         options = self.options
         self.streams = self.make_streams(geometry.device)
-        tail_tokens = options.tail_tokens or max(
-            1, min(_TAIL_TOKENS, _TAIL_BYTES // geometry.token_bytes)
-        )
+        tail_tokens = sizes.tail_tokens(geometry, options.tail_tokens)
         table = BlockTable(geometry, options.page_tokens, 0, 0, options.gpu_budget is None)
-        page_bytes = table.largest_page_tokens * geometry.layer_token_bytes
         fixed = (
-            self.config.num_slots * page_bytes
+            self.config.num_slots
+            * sizes.slot_bytes(self.config, geometry, table.largest_page_tokens)
             + tail_tokens * geometry.token_bytes
-            + STAGING_SLOTS * self.staging_tokens(geometry) * geometry.layer_token_bytes
+            + sizes.staging_bytes(geometry, options.page_tokens)
         )
         workspace = int(self.config.workspace_bytes)
         table.gpu_budget = (
@@ -154,15 +144,11 @@ class Store:
         self.table = table
         self.geometry = geometry
 
-    def layout(self, phase: Phase) -> Layout:
+    def layout(self, phase: Phase) -> sizes.Layout:
         """Head group and slot tokens of a phase (``HeadInferConfig``)."""
-        geometry = self.geometry
-        assert geometry is not None
-        heads = geometry.num_kv_heads
-        group = self.config.per_phase("head_group", phase) or (1 if phase == "prefill" else heads)
+        assert self.geometry is not None
         page = self.table.largest_page_tokens
-        tokens = self.config.per_phase("slot_tokens", phase) or page * heads // min(group, heads)
-        return Layout(min(group, heads), max(page, tokens // page * page))
+        return sizes.phase_layout(self.config, self.geometry, page, phase)
 
     def slot_ring(self) -> SlotRing:
         """The slots, made when the first streamed step needs them.
@@ -173,11 +159,7 @@ class Store:
         if self.slots is None:
             geometry = self.geometry
             assert geometry is not None
-            phases: tuple[Phase, ...] = ("prefill", "decode")
-            nbytes = max(
-                layout.head_group * layout.slot_tokens * geometry.head_token_bytes
-                for layout in map(self.layout, phases)
-            )
+            nbytes = sizes.slot_bytes(self.config, geometry, self.table.largest_page_tokens)
             count = self.config.num_slots
             with refusing(
                 f"the GPU has no room for {count} slots of {format_bytes(nbytes)}: lower "
@@ -190,13 +172,8 @@ class Store:
         return self.slots
 
     def staging_tokens(self, geometry: Geometry) -> int:
-        """Tokens of one staging buffer: 32 MiB or 16,384, or four pages where they are given.
-
-        It does not depend on the prompt, so the fixed bytes are the same for every context.
-        """
-        limit = max(1, min(_STAGING_TOKENS, _STAGING_BYTES // geometry.layer_token_bytes))
-        pages = self.options.page_tokens
-        return limit if pages is None else min(limit, 4 * pages)
+        """Tokens of one staging buffer."""
+        return sizes.staging_tokens(geometry, self.options.page_tokens)
 
     def make_staging(self) -> StagingRing:
         """The staging ring, made when the first step needs it.

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from headinfer_compile.passes.schedule import PlanKey
 from headinfer_compile.runtime.ops import STREAMS
-from headinfer_compile.runtime.staging import STAGING_SLOTS
+from headinfer_compile.runtime.sizes import STAGING_SLOTS
 
 #: Arguments that are tokens, by op.
 _TOKENS = {"prefetch": 7, "wait": 1, "release": 1, "offload": 2, "tail": 2, "resident": 5}

@@ -1,0 +1,96 @@
+"""Where the token blocks of a context go, and how long each is, before any is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Tier = Literal["gpu", "host"]
+
+PAGE_BYTES = 32 << 20
+"""Transfer unit that reaches 99 % of a PCIe 5 link even behind a slow host path."""
+FIRST_PAGE_TOKENS = 1024
+_LARGEST_RESIDENT_TOKENS = 65536
+
+
+@dataclass
+class BlockPlan:
+    """Grows block by block: resident while the budget has room, then on the host.
+
+    Host blocks are of constant length when given, else they double up to 32 MiB pages. Resident
+    blocks double what there is, so that few are attended: they are never transferred. Where the
+    budget ends they become smaller again, down to the first page, so that it is used up.
+    """
+
+    layer_token_bytes: int
+    """KV bytes of one token in one layer."""
+    num_layers: int
+    page_tokens: int | None
+    """Tokens of every block; None: automatic."""
+    gpu_budget: int
+    """Bytes of resident blocks."""
+    capacity: int = 0
+    """Tokens that the blocks hold so far."""
+    gpu_bytes: int = 0
+    host_bytes: int = 0
+    count: int = 0
+    """Blocks so far."""
+    on_host: bool = False
+    """Whether a block is on the host; then all later ones are."""
+
+    @property
+    def token_bytes(self) -> int:
+        """KV bytes of one token in all layers."""
+        return self.layer_token_bytes * self.num_layers
+
+    def tokens_of(self, index: int) -> int:
+        """Tokens of block ``index`` where it is a page of the host."""
+        if self.page_tokens is not None:
+            return self.page_tokens
+        largest = max(256, PAGE_BYTES // self.layer_token_bytes)
+        largest = 1 << (largest.bit_length() - 1)
+        return min(largest, FIRST_PAGE_TOKENS << max(0, index - 1))
+
+    def grow(self, tokens: int) -> list[tuple[int, Tier]]:
+        """Tokens and tier of the blocks that must be added to hold ``tokens`` tokens."""
+        made: list[tuple[int, Tier]] = []
+        while self.capacity < tokens:
+            count = 0 if self.on_host else self._resident_tokens(tokens - self.capacity)
+            tier: Tier = "gpu" if count else "host"
+            if count:
+                self.gpu_bytes += count * self.token_bytes
+            else:
+                self.on_host = True
+                count = self.tokens_of(self.count)
+                self.host_bytes += count * self.token_bytes
+            made.append((count, tier))
+            self.capacity += count
+            self.count += 1
+        return made
+
+    def _resident_tokens(self, needed: int) -> int:
+        """Tokens of a resident block, or 0 if the budget has no room for one."""
+        room = self.gpu_budget - self.gpu_bytes
+        if self.page_tokens is not None:
+            return self.page_tokens if self.page_tokens * self.token_bytes <= room else 0
+        smallest = self.tokens_of(0)
+        wanted = max(self.capacity, needed, smallest)
+        count = min(_LARGEST_RESIDENT_TOKENS, 1 << (wanted - 1).bit_length())
+        while count >= smallest and count * self.token_bytes > room:
+            count //= 2
+        return count if count >= smallest else 0
+
+    def place(self, context: int, chunk: int) -> None:
+        """Grow as a prefill of ``context`` tokens in chunks of ``chunk`` does."""
+        end = 0
+        while end < context and not self.on_host:
+            end = min(end + chunk, context)
+            self.grow(end)
+        largest = self.tokens_of(64)
+        while self.capacity < context and self.tokens_of(self.count) < largest:
+            self.grow(self.capacity + 1)
+        if self.capacity < context:
+            blocks = -(-(context - self.capacity) // largest)
+            self.capacity += blocks * largest
+            self.host_bytes += blocks * largest * self.token_bytes
+            self.count += blocks

@@ -1,0 +1,120 @@
+"""Random machines and models: budgets hold, more memory never hurts, a refusal is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from headinfer_compile.errors import DoesNotFitError  # noqa: E402
+from headinfer_compile.machine import Machine, Rates  # noqa: E402
+from headinfer_compile.model_facts import Footprint, ModelFacts  # noqa: E402
+from headinfer_compile.plan_search import Request  # noqa: E402
+from headinfer_compile.planner import Plan, make_plan  # noqa: E402
+from test_planner import check  # noqa: E402
+
+MIB = 1 << 20
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelFacts:
+    layers = draw(st.integers(1, 48))
+    kv_heads = draw(st.sampled_from([1, 2, 4, 8]))
+    heads = kv_heads * draw(st.sampled_from([1, 4, 7]))
+    dim = draw(st.sampled_from([64, 128]))
+    window = draw(st.sampled_from([None, 128, 4096]))
+    windows = tuple(window if i % 2 else None for i in range(layers))
+    hidden = heads * dim
+    elements = layers * 12 * hidden * hidden
+    return ModelFacts(
+        name="random", windows=windows, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim,
+        v_head_dim=dim, hidden=hidden, vocab=32000, itemsize=2,
+        weight_bytes=2 * (elements + 64000 * hidden), layer_weight_bytes=2 * elements,
+        end_weight_bytes=64000 * hidden, read_bytes=2 * elements, matrix_elements=elements,
+        head_elements=32000 * hidden,
+        footprint=Footprint(20.0 * hidden, 8.0 * hidden, 20.0 * hidden * layers, False),
+        max_positions=None,
+    )  # fmt: skip
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    scale = draw(st.floats(0.2, 5))
+    rates = Rates(
+        h2d=((1 << 20, 10e9 * scale), (32 << 20, 25e9 * scale)),
+        hbm=draw(st.floats(3e11, 5e12)),
+        matmul=draw(st.floats(1e13, 8e14)),
+        attention=draw(st.floats(1e13, 8e14)),
+    )
+    gpu = draw(st.integers(256, 96 * 1024)) * MIB
+    return Machine("random", gpu, draw(st.integers(0, 512 * 1024)) * MIB, rates)
+
+
+budgets = st.none() | st.integers(0, 64 * 1024).map(lambda count: count * MIB)
+requests = st.builds(
+    Request,
+    context=st.integers(1, 1 << 18),
+    chunk=st.none() | st.sampled_from([512, 4096, 16384]),
+    batch=st.integers(1, 4),
+    gpu_budget=budgets,
+    host_budget=budgets,
+)
+
+
+def attempt(facts: ModelFacts, machine: Machine, request: Request) -> Plan | None:
+    try:
+        return make_plan(facts, machine, request)
+    except DoesNotFitError:
+        return None
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(models(), machines(), requests)
+def test_a_plan_never_exceeds_a_budget(
+    facts: ModelFacts, machine: Machine, request: Request
+) -> None:
+    made = attempt(facts, machine, request)
+    if made is not None:
+        check(made, machine, request)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(models(), machines(), requests, st.integers(1, 32 * 1024))
+def test_more_memory_never_makes_a_plan_slower(
+    facts: ModelFacts, machine: Machine, request: Request, more: int
+) -> None:
+    before = attempt(facts, machine, request)
+    for name in ("gpu_memory", "host_memory"):
+        larger = replace(machine, **{name: getattr(machine, name) + more * MIB})
+        after = attempt(facts, larger, request)
+        if before is not None:
+            assert after is not None
+            assert after.seconds <= before.seconds * (1 + 1e-9)
+            assert after.max_context >= before.max_context
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(models(), machines(), requests)
+def test_a_refused_plan_is_infeasible(
+    facts: ModelFacts, machine: Machine, request: Request
+) -> None:
+    if attempt(facts, machine, request) is not None:
+        return
+    # By hand: the least that any placement needs, without slots, staging or a tail of its own.
+    chunk = min(request.chunk or 1024, request.context)
+    activations = request.batch * chunk * max(facts.footprint.region, facts.footprint.site)
+    host = machine.host_memory if request.host_budget is None else request.host_budget
+    host = min(host, machine.host_memory)
+    room = machine.gpu_memory - facts.weight_bytes - activations
+    gpu = max(0, room) if request.gpu_budget is None else min(request.gpu_budget, max(0, room))
+    kv = facts.token_bytes * request.batch * request.context
+    # What the runtime cannot go below: a page of each layer, 256 MiB of workspace, 512 MiB of
+    # slack, cuBLAS, two slots, the staging ring and the tail.
+    page = 8 * max(32 * MIB, 256 * facts.num_kv_heads * request.batch * facts.head_token_bytes)
+    overhead = (256 + 512 + 32 + 64 + 64) * MIB + page
+    slab = facts.num_layers * page
+    assert room < overhead or kv > host + gpu - overhead - slab
