@@ -47,7 +47,7 @@ class Store:
         self.reserved = 0
         """Tokens announced by ``check_room``; their slabs are made in the background."""
         self.forward_bytes = 0
-        """What the forward in progress needs on the device beside what it held at its first site."""
+        """What the forward in progress needs on the device beyond what its first site finds."""
         self.geometry: Geometry | None = None
         self.generation = 0
         """How often the memory was given back: captured addresses hold within one generation."""
@@ -184,7 +184,7 @@ class Store:
         if self.staging is None:
             assert self.geometry is not None
             tokens = self.staging_tokens(self.geometry)
-            nbytes = STAGING_SLOTS * tokens * self.geometry.layer_token_bytes
+            nbytes = sizes.staging_bytes(self.geometry, self.options.page_tokens)
             with refusing(
                 f"the GPU has no room for {format_bytes(nbytes)} of staging buffers: lower "
                 "page_tokens, or free GPU memory. What is stored is intact"
