@@ -82,6 +82,8 @@ class CompiledGraph:
                 site.v_head_dim,
                 site.scale,
                 site.mask,
+                site.soft_cap,
+                site.sinks,
             )
             if spec not in self.specs:
                 self.specs.append(spec)

@@ -39,6 +39,13 @@ class AttentionSite:
     """File and line of the model that called the attention."""
     bottom_right: bool = False
     """``is_causal`` means ``kv <= q + past`` (flash_attn) and not torch's top-left alignment."""
+    soft_cap: float | None = None
+    """Scores s are ``soft_cap * tanh(s / soft_cap)``."""
+    sinks: int | None = None
+    """Place among the site's inputs of ``Hq`` scores, each of a key whose value is zero."""
+    window: int | None = None
+    """``kv > q + past - window`` besides the mask, as an argument of the call; part of ``mask``
+    once ``recover_mask`` has run."""
 
 
 @dataclass(frozen=True)

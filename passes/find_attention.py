@@ -7,192 +7,97 @@ Given::
     K = repeat_kv(K); V = repeat_kv(V)                      # getitem / expand / reshape, optional
     o = scaled_dot_product_attention(q, K, V, attn_mask=m)  # q: "bf16[B, Hq, n, D]"
 
+or the same written out: ``softmax(soft_cap(scale * q @ K^T) + m) @ V`` with or without sinks
+(``eager_attention.py``), or an operator of the flash packages (``attention_calls.py``).
+
 Result::
 
-    o = headinfer.attention(handle, q, k, v, m, [], layer, past, scale, is_causal)
+    o = headinfer.attention(handle, q, k, v, m, [sinks], layer, past, scale, is_causal)
 
-with an ``AttentionSite`` in ``meta["headinfer"]``. The ops of the ``flash_attn`` package
-(``[B, n, H, D]``, by their registered schema) are rewritten likewise.
+with an ``AttentionSite`` in ``meta["headinfer"]``, which holds what the attention is besides.
 
 Requires: a torch-level graph with ``meta["example_value"]``.
-Ensures: no attention that was rewritten leaves its ``update_kv`` behind.
-Declines when: K or V of the cache has another reader, dropout is not zero, the head counts are
-symbolic, or the attention takes options that the block kernels lack (ALiBi, soft cap).
+Ensures: no attention that was rewritten leaves its ``update_kv`` behind, and none of the tensors
+of the size of its scores.
+Declines when: K, V or the scores have another reader, dropout is not zero, the head counts are
+symbolic, or something stands between the scores and the softmax that is none of the above.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
-from headinfer_compile.passes.context import META, AttentionSite, PassContext, source_line
-from headinfer_compile.passes.graph_utils import node_value
-
-_SDPA = (
-    torch._C._nn.scaled_dot_product_attention,
-    torch.nn.functional.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default,
+from headinfer_compile.passes.attention_calls import Attention, reader
+from headinfer_compile.passes.cached_kv import (
+    UnsupportedError,
+    reads_update,
+    static_int,
+    updates_of,
 )
-_SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_SAME_VALUES = ("contiguous", "clone")
+from headinfer_compile.passes.context import META, AttentionSite, PassContext, source_line
+from headinfer_compile.passes.eager_attention import is_product, read_eager
+from headinfer_compile.passes.graph_utils import has_effect, node_value
 
 
-class _Unsupported(Exception):
-    """Why an attention is left alone."""
-
-
-def _value(node: Node) -> torch.Tensor:
-    value = node.meta["example_value"]
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def _is_update(node: object) -> bool:
-    return (
-        isinstance(node, Node)
-        and node.op == "call_function"
-        and node.target in (torch.ops.headinfer.update_kv, torch.ops.headinfer.update_kv.default)
-    )
-
-
-def _through_repeat(node: Node) -> Node | None:
-    """The ``[B, Hkv, S, D]`` input of a ``repeat_kv`` that ends in ``node``."""
-    if node.op != "call_method" or node.target not in ("reshape", "view"):
-        return None
-    expand = node.args[0]
-    if not isinstance(expand, Node) or expand.op != "call_method" or expand.target != "expand":
-        return None
-    index = expand.args[0]
-    if not isinstance(index, Node) or index.target is not operator.getitem:
-        return None
-    full = slice(None, None, None)
-    if index.args[1] != (full, full, None, full, full):
-        return None
-    source = index.args[0]
-    assert isinstance(source, Node)
-    before, middle, after = _value(source), _value(expand), _value(node)
-    heads = before.shape[1] * middle.shape[2]
-    expected = (before.shape[0], heads, before.shape[2], before.shape[3])
-    return source if tuple(after.shape) == expected else None
-
-
-def _cache_source(node: object, index: int) -> Node:
-    """The ``update_kv`` whose K (0) or V (1) ``node`` is, seen through ``repeat_kv`` and copies."""
-    while isinstance(node, Node):
-        if node.target is operator.getitem and _is_update(node.args[0]):
-            if node.args[1] != index:
-                raise _Unsupported("K and V of the cache are swapped")
-            update = node.args[0]
-            assert isinstance(update, Node)
-            return update
-        if node.op == "call_method" and node.target in _SAME_VALUES:
-            node = node.args[0]
+def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
+    """Rewrite every attention over a HeadInferCache in ``gm``."""
+    # Dynamo leaves views behind that only a size was read of; they would count as readers.
+    gm.graph.eliminate_dead_code(has_effect)
+    for node in list(gm.graph.nodes):
+        read = reader(node) or (read_eager if is_product(node) else None)
+        if read is None or not any(reads_update(arg) for arg in node.args[1:3]):
             continue
-        source = _through_repeat(node)
-        if source is None:
-            break
-        node = source
-    raise _Unsupported("its K or V is not the output of a HeadInferCache update")
+        try:
+            found = read(node)
+            if found is not None:
+                _rewrite(gm, ctx, found)
+        except UnsupportedError as reason:
+            ctx.decline(node, str(reason))
+    _decline_other_readers(gm, ctx)
+    return gm
 
 
-def _through_transpose(node: object) -> object:
-    """The ``[B, H, S, D]`` tensor behind ``x.transpose(1, 2)``."""
-    while isinstance(node, Node) and node.op == "call_method" and node.target in _SAME_VALUES:
-        node = node.args[0]
-    if isinstance(node, Node) and node.op == "call_method" and node.target == "transpose":
-        if tuple(node.args[1:]) in ((1, 2), (2, 1)):
-            return node.args[0]
-    raise _Unsupported("its K or V is not a transposed output of a HeadInferCache update")
-
-
-def _static(value: Any, what: str) -> int:
-    if not isinstance(value, int):
-        raise _Unsupported(f"{what} is symbolic")
-    return value
-
-
-class _Attention:
-    """One attention call in the terms of ``scaled_dot_product_attention``."""
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        self.outputs: tuple[Node, ...] = (node,)
-        self.transposed = False
-
-
-class _Sdpa(_Attention):
-    def __init__(self, node: Node) -> None:
-        super().__init__(node)
-        named: dict[str, Argument] = dict(zip(_SDPA_ARGS, node.args, strict=False))
-        named.update(node.kwargs)
-        if named.get("dropout_p", 0.0) != 0.0:
-            raise _Unsupported(f"dropout_p={named['dropout_p']} is not zero")
-        self.query = named["query"]
-        self.update = _cache_source(named["key"], 0)
-        if _cache_source(named["value"], 1) is not self.update:
-            raise _Unsupported("K and V come from different cache updates")
-        self.mask = named.get("attn_mask")
-        self.is_causal = bool(named.get("is_causal", False))
-        self.scale = named.get("scale")
-
-
-class _FlashAttn(_Attention):
-    """``flash_attn._flash_attn_forward``: ``[B, n, H, D]`` in, ``(out, lse, ...)`` out."""
-
-    def __init__(self, node: Node) -> None:
-        super().__init__(node)
-        schema = torch.ops.flash_attn._flash_attn_forward.default._schema
-        named: dict[str, Argument] = {a.name: a.default_value for a in schema.arguments}
-        named.update(zip(named, node.args, strict=False))
-        named.update(node.kwargs)
-        if (
-            named["dropout_p"] != 0.0
-            or named["softcap"] != 0.0
-            or named["alibi_slopes"] is not None
-        ):
-            raise _Unsupported("dropout, soft cap or ALiBi slopes are given")
-        if (named["window_size_left"], named["window_size_right"]) != (-1, -1):
-            raise _Unsupported("a window is given")
-        self.update = _cache_source(_through_transpose(named["k"]), 0)
-        if _cache_source(_through_transpose(named["v"]), 1) is not self.update:
-            raise _Unsupported("K and V come from different cache updates")
-        self.query, self.mask, self.scale = named["q"], None, named["softmax_scale"]
-        self.transposed = True
-        users = tuple(node.users)
-        if any(user.target is not operator.getitem or user.args[1] != 0 for user in users):
-            raise _Unsupported("more than its output is used")
-        self.outputs = users
-        # The package aligns the causal mask bottom right: over the cache that is kv <= q + past.
-        self.is_causal = bool(named["causal"])
-
-
-def _matcher(node: Node) -> Callable[[Node], _Sdpa | _FlashAttn] | None:
-    if node.op != "call_function":
-        return None
-    if node.target in _SDPA:
-        return _Sdpa
-    name = getattr(node.target, "_qualified_op_name", None) or str(node.target)
-    if name.replace("::", ".").removesuffix(".default") == "flash_attn._flash_attn_forward":
-        return _FlashAttn
-    return None
-
-
-def _rewrite(gm: GraphModule, ctx: PassContext, found: _Sdpa | _FlashAttn) -> None:
-    update, node = found.update, found.node
+def _rewrite(gm: GraphModule, ctx: PassContext, found: Attention) -> None:
+    update, node = found.kv.update, found.node
     handle, k, v, layer, past = update.args
-    assert isinstance(found.query, Node) and isinstance(k, Node) and isinstance(v, Node)
-    q_value, k_value, v_value = _value(found.query), _value(k), _value(v)
-    heads_dim = 2 if found.transposed else 1
-    heads = _static(q_value.shape[heads_dim], "the number of query heads")
-    kv_heads = _static(k_value.shape[1], "the number of KV heads")
-    head_dim = _static(q_value.shape[3], "head_dim")
-    if heads % kv_heads or k_value.shape[3] != head_dim:
-        raise _Unsupported(
+    assert isinstance(k, Node) and isinstance(v, Node) and isinstance(layer, int)
+    _check_readers(found)
+    site = _site(ctx, found, node_value(k), node_value(v), layer)
+    graph = gm.graph
+    with graph.inserting_before(node):
+        query = found.query
+        if found.transposed:
+            query = _transpose(query)
+        options: tuple[Argument, ...] = (layer, past, site.scale, found.is_causal)
+        inputs = [] if found.sinks is None else [found.sinks]
+        attention = graph.call_function(
+            torch.ops.headinfer.attention.default,
+            (handle, query, k, v, found.mask, inputs, *options),
+        )
+        attention.meta[META] = site
+        attention.stack_trace = node.stack_trace
+        out = node_value(found.outputs[0])
+        attention.meta["example_value"] = out.transpose(1, 2) if found.transposed else out
+        result = _transpose(attention) if found.transposed else attention
+    for output in found.outputs:
+        output.replace_all_uses_with(result)
+    _erase(graph, [*found.outputs, node, update, *found.inner, *found.kv.nodes])
+    ctx.sites.append(site)
+
+
+def _site(
+    ctx: PassContext, found: Attention, k: torch.Tensor, v: torch.Tensor, layer: int
+) -> AttentionSite:
+    query = node_value(found.query)
+    heads = static_int(query.shape[2 if found.transposed else 1], "the number of query heads")
+    kv_heads = static_int(k.shape[1], "the number of KV heads")
+    head_dim = static_int(query.shape[3], "head_dim")
+    if heads % kv_heads or k.shape[3] != head_dim:
+        raise UnsupportedError(
             f"{heads} query heads of {head_dim} do not group over {kv_heads} KV heads"
         )
     scale = head_dim**-0.5 if found.scale is None else found.scale
@@ -200,87 +105,57 @@ def _rewrite(gm: GraphModule, ctx: PassContext, found: _Sdpa | _FlashAttn) -> No
         # A float that differs between two models of one class; this guards on its value.
         scale = float(node_value(scale))
     if not isinstance(scale, (int, float)):
-        raise _Unsupported("its scale is not a constant")
-    outside = [u for u in _readers(update) if u is not node]
-    if outside:
-        raise _Unsupported(f"K or V of the cache is also read by {outside[0].name}")
-    assert isinstance(layer, int)
-    site = AttentionSite(
+        raise UnsupportedError("its scale is not a constant")
+    sinks = None if found.sinks is None else node_value(found.sinks)
+    if sinks is not None and sinks.numel() != heads:
+        raise UnsupportedError(f"it has sinks of shape {list(sinks.shape)} for {heads} heads")
+    return AttentionSite(
         index=len(ctx.sites),
         layer=layer,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        v_head_dim=_static(v_value.shape[3], "head_dim of V"),
+        v_head_dim=static_int(v.shape[3], "head_dim of V"),
         scale=float(scale),
         is_causal=found.is_causal,
         mask=None,
-        source=source_line(node),
-        bottom_right=found.transposed,
+        source=source_line(found.node),
+        bottom_right=found.bottom_right,
+        soft_cap=found.soft_cap,
+        sinks=None if sinks is None else 0,
+        window=found.window,
     )
-    graph = gm.graph
-    with graph.inserting_before(node):
-        query = found.query
-        if found.transposed:
-            query = graph.call_method("transpose", (query, 1, 2))
-            query.meta["example_value"] = q_value.transpose(1, 2)
-        options: tuple[Argument, ...] = (layer, past, float(scale), found.is_causal)
-        attention = graph.call_function(
-            torch.ops.headinfer.attention.default,
-            (handle, query, k, v, found.mask, [], *options),
-        )
-        attention.meta[META] = site
-        attention.stack_trace = node.stack_trace
-        out = found.outputs[0]
-        attention.meta["example_value"] = _value(out)
-        result = attention
-        if found.transposed:
-            attention.meta["example_value"] = _value(out).transpose(1, 2)
-            result = graph.call_method("transpose", (attention, 1, 2))
-            result.meta["example_value"] = _value(out)
-    for output in found.outputs:
-        output.replace_all_uses_with(result)
-        graph.erase_node(output)
-    if node not in found.outputs:
-        graph.erase_node(node)
-    ctx.sites.append(site)
 
 
-def _readers(update: Node) -> list[Node]:
-    """Nodes that read K or V, seen through views that only the attention uses."""
-    readers, stack = [], list(update.users)
-    while stack:
-        user = stack.pop()
-        passes_on = user.target is operator.getitem or (
-            user.op == "call_method"
-            and user.target in ("expand", "reshape", "view", "transpose", *_SAME_VALUES)
-        )
-        if passes_on:
-            stack.extend(user.users)
-        else:
-            readers.append(user)
-    return readers
+def _transpose(node: Node) -> Node:
+    """``node`` with its second and third dimensions exchanged."""
+    result = node.graph.call_method("transpose", (node, 1, 2))
+    result.meta["example_value"] = node_value(node).transpose(1, 2)
+    return result
 
 
-def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
-    """Rewrite every attention over a HeadInferCache in ``gm``."""
-    for node in list(gm.graph.nodes):
-        matcher = _matcher(node)
-        if matcher is None:
-            continue
-        try:
-            _rewrite(gm, ctx, matcher(node))
-        except _Unsupported as reason:
-            ctx.decline(node, str(reason))
-    _erase_dead_updates(gm)
-    _decline_other_readers(gm, ctx)
-    return gm
+def _check_readers(found: Attention) -> None:
+    """Refuse an attention whose K, V or scores something else reads as well."""
+    own = {found.node, *found.inner, *found.kv.nodes}
+    for node in (found.kv.update, *found.kv.nodes, *found.inner):
+        for user in node.users:
+            if user not in own:
+                what = "its scores are" if node in found.inner else "K or V of the cache is"
+                raise UnsupportedError(f"{what} also read by {user.name}")
+
+
+def _erase(graph: torch.fx.Graph, nodes: list[Node]) -> None:
+    """Erase nodes that only served an attention, users first."""
+    doomed = set(nodes)
+    for node in reversed(list(graph.nodes)):
+        if node in doomed:
+            graph.erase_node(node)
 
 
 def _decline_other_readers(gm: GraphModule, ctx: PassContext) -> None:
     """Say so where K and V of an update go to something that is no attention we match."""
     declined = {decline.node for decline in ctx.declines}
-    for update in [node for node in gm.graph.nodes if _is_update(node)]:
+    for update in updates_of(gm.graph):
         readers = _readers(update)
         if readers and declined.isdisjoint(reader.name for reader in readers):
             ctx.decline(
@@ -290,23 +165,16 @@ def _decline_other_readers(gm: GraphModule, ctx: PassContext) -> None:
             )
 
 
-def _erase_dead_updates(gm: GraphModule) -> None:
-    """Remove the updates whose attention now holds them, with the views between."""
-    for update in [node for node in gm.graph.nodes if _is_update(node)]:
-        between = _views_of(update)
-        if all(set(node.users) <= set(between) for node in between) and not _readers(update):
-            for node in reversed(between):
-                gm.graph.erase_node(node)
-            gm.graph.erase_node(update)
-
-
-def _views_of(update: Node) -> list[Node]:
-    """Everything downstream of an update that has lost its readers, in graph order."""
-    seen: set[Node] = set()
-    stack = list(update.users)
+def _readers(update: Node) -> list[Node]:
+    """The first nodes that compute with K or V of an update."""
+    readers, stack = [], list(update.users)
     while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.users)
-    return [node for node in update.graph.nodes if node in seen]
+        user = stack.pop()
+        is_view = user.op == "call_method" and user.target in (
+            *("expand", "reshape", "view", "transpose", "contiguous", "clone"),
+        )
+        if is_view or user.target is operator.getitem:
+            stack.extend(user.users)
+        else:
+            readers.append(user)
+    return readers

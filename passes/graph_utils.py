@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import collections
+import operator
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import Argument
+
+_AUGMENTED = (
+    *("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv"),
+    "xor",
+)
+_IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in _AUGMENTED))
+_NAMESPACES = (operator, torch, torch.nn.functional)
 
 
 def calls(node: Node, op: OpOverload) -> bool:
@@ -46,3 +56,43 @@ def count_ops(gm: GraphModule) -> dict[str, int]:
             name = str(target) if is_op else f"{target.__module__}.{target.__name__}"
             counts[name] += 1
     return dict(sorted(counts.items()))
+
+
+def operation(node: Node) -> str:
+    """The name of a torch or operator function or of a Tensor method; "" for anything else."""
+    if node.op == "call_method":
+        return str(node.target)
+    name = getattr(node.target, "__name__", "")
+    known = node.op == "call_function" and any(
+        node.target is getattr(space, name, None) for space in _NAMESPACES
+    )
+    return name if known else ""
+
+
+def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two fake tensors have the same sizes, without a guard where that is not known."""
+    return left.dim() == right.dim() and all(
+        statically_known_true(a == b) for a, b in zip(left.shape, right.shape, strict=True)
+    )
+
+
+def written(node: Node) -> list[Argument]:
+    """The arguments that ``node`` may write in place: a Dynamo graph is not functional."""
+    found: list[Argument] = [node.kwargs["out"]] if "out" in node.kwargs else []
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        found += node.all_input_nodes
+    elif node.target in _IN_PLACE or (
+        isinstance(name, str)
+        and name.endswith("_")
+        and not name.endswith("__")
+        and not hasattr(operator, name)
+    ):
+        found += node.args[:1]
+    return found
+
+
+def has_effect(node: Node) -> bool:
+    """Whether ``node`` must stay although nothing uses its result."""
+    return node.is_impure() or bool(written(node))

@@ -7,7 +7,6 @@ no index arithmetic becomes a load from a tensor, unless that has the size of th
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -15,7 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from headinfer_compile.passes.graph_utils import node_value
+from headinfer_compile.passes.graph_utils import node_value, operation
 from headinfer_compile.passes.mask_algebra import (
     Domain,
     UnreadableError,
@@ -94,7 +93,7 @@ class MaskReader:
             UnreadableError: It is no index arithmetic, nor a load from a small tensor.
         """
         self.visited.add(node)
-        reader = _READERS.get(_operation(node))
+        reader = _READERS.get(operation(node))
         if reader is None:
             return self.load(node, index)
         try:
@@ -157,18 +156,6 @@ class MaskReader:
         return linear is not None and self.domain.nonnegative(linear)
 
 
-def _operation(node: Node) -> str:
-    """The name of a torch or operator function or of a Tensor method; "" for anything else."""
-    if node.op == "call_method":
-        return str(node.target)
-    name = getattr(node.target, "__name__", "")
-    known = node.op == "call_function" and node.target in (
-        getattr(operator, name, None),
-        getattr(torch, name, None),
-    )
-    return name if known else ""
-
-
 def _cast(expr: Expr, source: torch.dtype | None, target: torch.dtype) -> Expr:
     """``expr`` converted, unless both types hold its values alike."""
     if source == target or (source in _EXACT_INTEGERS and target in _EXACT_INTEGERS):
@@ -198,7 +185,7 @@ def _is_bool(node: Node) -> bool:
 def _binary(reader: MaskReader, node: Node, index: Index) -> Expr:
     _plain(node, "other")
     operands = [*node.args, *node.kwargs.values()]
-    op = _BINARY[_operation(node)]
+    op = _BINARY[operation(node)]
     if _is_bool(node) and op in ("add", "mul"):
         return make({"add": "or", "mul": "and"}[op], *(reader.operand(a, index) for a in operands))
     return make(op, *(reader.operand(arg, index) for arg in operands))
@@ -209,13 +196,13 @@ def _logical(reader: MaskReader, node: Node, index: Index) -> Expr:
     if not _is_bool(node):
         raise UnreadableError(f"{node.name} works on the bits of integers")
     operands = [*node.args, *node.kwargs.values()]
-    op = _LOGICAL.get(_operation(node), "not")
+    op = _LOGICAL.get(operation(node), "not")
     return make(op, *(reader.operand(arg, index, boolean=True) for arg in operands))
 
 
 def _unary(reader: MaskReader, node: Node, index: Index) -> Expr:
     _plain(node)
-    return make(_UNARY[_operation(node)], reader.operand(node.args[0], index))
+    return make(_UNARY[operation(node)], reader.operand(node.args[0], index))
 
 
 def _same(reader: MaskReader, node: Node, index: Index) -> Expr:
@@ -235,7 +222,7 @@ def _arange(reader: MaskReader, node: Node, index: Index) -> Expr:
 
 
 def _fill(reader: MaskReader, node: Node, index: Index) -> Expr:
-    name = _operation(node)
+    name = operation(node)
     if name in _FILLS:
         value: Any = _FILLS[name]
     else:
@@ -248,7 +235,7 @@ def _where(reader: MaskReader, node: Node, index: Index) -> Expr:
     _plain(node)
     if len(node.args) != 3:
         raise UnreadableError(f"{node.name} has {len(node.args)} arguments")
-    if _operation(node) == "where":
+    if operation(node) == "where":
         condition, chosen, other = node.args
     else:
         other, condition, chosen = node.args
@@ -268,7 +255,7 @@ def _triangle(reader: MaskReader, node: Node, index: Index) -> Expr:
     _plain(node, "diagonal")
     diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
     ahead = make("sub", index[-1], index[-2])
-    kept = make("ge" if _operation(node) == "triu" else "le", ahead, reader.scalar(diagonal))
+    kept = make("ge" if operation(node) == "triu" else "le", ahead, reader.scalar(diagonal))
     boolean = _is_bool(node)
     value = reader.operand(node.args[0], index)
     return _select(kept, value, const(False) if boolean else ZERO, boolean)
@@ -304,7 +291,7 @@ def _permute(reader: MaskReader, node: Node, index: Index) -> Expr:
     _plain(node)
     dims = list(range(len(index)))
     given = list(args[0]) if args and isinstance(args[0], (tuple, list)) else list(args)
-    if _operation(node) == "permute":
+    if operation(node) == "permute":
         dims = [dims[dim] for dim in given]
     else:
         first, second = given

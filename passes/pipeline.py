@@ -29,7 +29,7 @@ from headinfer_compile.passes import (
     verify,
 )
 from headinfer_compile.passes.context import PassContext
-from headinfer_compile.passes.graph_utils import count_ops, readable
+from headinfer_compile.passes.graph_utils import count_ops, has_effect, readable
 from headinfer_compile.passes.schedule import PlanContext, PlanKey, Schedule
 from headinfer_compile.passes.schedule_code import compile_schedule, remove_unused_items
 from headinfer_compile.passes.schedule_text import schedule_text
@@ -138,7 +138,7 @@ def _run(
     changed: dict[str, int] = {}
     after: dict[str, int] | None = None
     if ops_before is not None:
-        gm.graph.eliminate_dead_code()
+        gm.graph.eliminate_dead_code(has_effect)
         after = count_ops(gm)
         differences = {
             op: after.get(op, 0) - ops_before.get(op, 0) for op in set(ops_before) | set(after)

@@ -34,25 +34,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import operator
 
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
-from headinfer_compile.passes.graph_utils import node_value
+from headinfer_compile.passes.graph_utils import node_value, written
 from headinfer_compile.passes.mask_algebra import Domain, UnreadableError, prove, uncast
 from headinfer_compile.passes.mask_reader import MaskReader, symbolic
 from headinfer_compile.runtime.masks import AXES, Expr, MaskForm, describe, make
 
 log = logging.getLogger(__name__)
 
-_AUGMENTED = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "xor")
-_IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in _AUGMENTED))
-
 # Positions in the arguments of headinfer.attention.
-_QUERY, _MASK, _MASK_INPUTS, _PAST = 1, 4, 5, 7
+_QUERY, _MASK, _INPUTS, _PAST = 1, 4, 5, 7
 
 
 def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
@@ -68,7 +64,7 @@ def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
     Raises:
         DeclinedError: A mask cannot be read and ``config.strict`` is set.
     """
-    read: dict[tuple[Node | None, bool, bool, Domain], _Recovered] = {}
+    read: dict[tuple[object, ...], _Recovered] = {}
     for node in gm.graph.nodes:
         site = node.meta.get(META)
         if not isinstance(site, AttentionSite):
@@ -79,16 +75,18 @@ def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
         assert isinstance(query, Node)
         new = symbolic(node_value(query).shape[2])
         domain = Domain.of(_scalar(node.args[_PAST]), new)
-        key = (mask, site.is_causal, site.bottom_right, domain)
+        held = node.args[_INPUTS]
+        assert isinstance(held, (list, tuple))
+        key = (mask, site.is_causal, site.bottom_right, site.window, len(held), domain)
         try:
             if key not in read:
-                read[key] = _recover(gm.graph, query, mask, site, domain)
+                read[key] = _recover(gm.graph, query, mask, site, domain, len(held))
         except UnreadableError as reason:
             ctx.decline(node, str(reason))
             continue
         form, inputs = read[key]
         node.update_arg(_MASK, None)
-        node.update_arg(_MASK_INPUTS, list(inputs))
+        node.update_arg(_INPUTS, [*held, *inputs])
         node.meta[META] = dataclasses.replace(site, mask=form)
         ctx.sites = [node.meta[META] if s.index == site.index else s for s in ctx.sites]
         log.debug("site %d: %s", site.index, form.formula)
@@ -105,16 +103,17 @@ def _scalar(arg: object) -> sympy.Expr:
 
 
 def _recover(
-    graph: Graph, query: Node, mask: Node | None, site: AttentionSite, domain: Domain
+    graph: Graph, query: Node, mask: Node | None, site: AttentionSite, domain: Domain, held: int
 ) -> _Recovered:
-    """The form of a site's mask and the tensors that it reads."""
+    """The form of a site's mask and the tensors that it reads, ``held`` of the site's before."""
     if mask is None:
         if site.is_causal and domain.past != 0 and not site.bottom_right:
             raise UnreadableError("is_causal is aligned to the first key, but the cache has tokens")
         causal = site.is_causal or domain.new == 1
-        return MaskForm(causal, formula=describe(causal, None, None)), ()
-    if site.is_causal:
-        raise UnreadableError("it has both a mask and is_causal")
+        window = site.window
+        return MaskForm(causal, window, formula=describe(causal, window, None)), ()
+    if site.is_causal or site.window is not None:
+        raise UnreadableError("it has both a mask and is_causal or a window")
     reader = MaskReader(domain)
     expr = reader.element(mask, _index(reader, mask))
     if _is_mutated(graph, reader.visited):
@@ -133,22 +132,13 @@ def _recover(
         everyone_sees = proved.expr is None and proved.padding is None
         if hidden == -math.inf or (everyone_sees and hidden <= torch.finfo(dtype).min):
             form = proved
-    return _number_inputs(form, reader.inputs)
+    return _number_inputs(form, reader.inputs, held)
 
 
 def _is_mutated(graph: Graph, nodes: set[Node]) -> bool:
     """Whether an in-place operation of the graph may write to one of ``nodes``, or to a view."""
     for node in graph.nodes:
-        written = [node.kwargs["out"]] if "out" in node.kwargs else []
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            written += node.all_input_nodes
-        elif node.target in _IN_PLACE or (
-            name.endswith("_") and not name.endswith("__") and not hasattr(operator, name)
-        ):
-            written += node.args[:1]
-        for base in written:
+        for base in written(node):
             while isinstance(base, Node):
                 if base in nodes:
                     return True
@@ -185,20 +175,20 @@ def _additive_choice(expr: Expr) -> tuple[Expr, float] | None:
     return (make("not", test), values[0]) if values[1] == 0 > values[0] else None
 
 
-def _number_inputs(form: MaskForm, nodes: list[Node]) -> _Recovered:
-    """Keep the mask inputs that the form reads, and number them in order."""
+def _number_inputs(form: MaskForm, nodes: list[Node], held: int) -> _Recovered:
+    """Keep the mask inputs that the form reads, and number them in order from ``held``."""
     if form.expr is None:
         if form.padding is None:
             return form, ()
-        formula = describe(form.causal, form.window, 0)
-        return dataclasses.replace(form, padding=0, formula=formula), (nodes[form.padding],)
+        formula = describe(form.causal, form.window, held)
+        return dataclasses.replace(form, padding=held, formula=formula), (nodes[form.padding],)
     parts = list(form.expr.walk())
     used = sorted({part.args[0] for part in parts if part.op == "load"})
     indexed = {index for part in parts if part.op == "load" for index in part.args[1:]}
     for axis in (Expr("b"), Expr("h")):
         if axis in parts and axis not in indexed:
             raise UnreadableError(f"it depends on {axis} other than through a tensor")
-    expr = _renumber(form.expr, {number: place for place, number in enumerate(used)})
+    expr = _renumber(form.expr, {number: place for place, number in enumerate(used, held)})
     inputs = tuple(nodes[number] for number in used)
     return dataclasses.replace(form, expr=expr, formula=str(expr)), inputs
 

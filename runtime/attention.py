@@ -4,15 +4,17 @@ A KV block is attended by one kernel, which returns the output and its LSE, and 
 joined by ``merge.py``. The table below is ordered by nothing: ``select`` takes the cheapest kernel
 that supports the request. Names of shapes are those of ``kernels.py``.
 
-| kernel | runs on | GQA | mask | note |
-|---|---|---|---|---|
-| fa3 | Hopper, package | yes | no | as fast as cudnn and no plan a shape; slow for one query |
-| cudnn | compute capability 9, 10 | yes | no | 34 to 67 ms at each new shape: fixed shapes only |
-| flash_attn | CUDA >= 8.0, package | yes | no | |
-| flash | CUDA >= 8.0 | yes | no | best for one query |
-| efficient | CUDA | by views | yes | fp32 too |
-| cpu_flash | CPU | yes | yes | |
-| math | anywhere | yes | yes | reference |
+| kernel | runs on | GQA | mask | soft cap | note |
+|---|---|---|---|---|---|
+| fa3 | Hopper, package | yes | no | yes | as fast as cudnn, no plan a shape; slow for one query |
+| cudnn | compute capability 9, 10 | yes | no | no | 34 to 67 ms a new shape: fixed shapes only |
+| flash_attn | CUDA >= 8.0, package | yes | no | yes | |
+| flash | CUDA >= 8.0 | yes | no | no | best for one query |
+| efficient | CUDA | by views | yes | no | fp32 too |
+| cpu_flash | CPU | yes | yes | no | |
+| math | anywhere | yes | yes | yes | reference |
+
+Sinks need no kernel: they are joined by their LSE (``merge.fold_sinks``).
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class AttentionRequest:
     """An explicit mask tensor is given."""
     fixed_shape: bool
     """This block shape repeats often enough to pay for a costly first call."""
+    soft_cap: bool = False
+    """The scores go through a soft cap."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def _limits(
     *,
     device_type: str = "cuda",
     masks: bool = False,
+    soft_caps: bool = False,
     oldest: tuple[int, int] = (8, 0),
 ) -> str | None:
     """The reasons that several kernels share."""
@@ -147,6 +152,8 @@ def _limits(
         return "takes no mask"
     if request.masked and request.causal:
         return "takes a mask or causal, not both"
+    if request.soft_cap and not soft_caps:
+        return "has no soft cap"
     return None
 
 
@@ -177,7 +184,7 @@ def _flash_reason(request: AttentionRequest) -> str | None:
 
 
 def _flash_attn_reason(request: AttentionRequest) -> str | None:
-    reason = _limits(request, _HALF) or _head_dims(request, 256, equal=True)
+    reason = _limits(request, _HALF, soft_caps=True) or _head_dims(request, 256, equal=True)
     if reason is None and kernels.flash_attn_function() is None:
         return "the package flash-attn cannot be imported"
     return reason
@@ -186,7 +193,8 @@ def _flash_attn_reason(request: AttentionRequest) -> str | None:
 def _fa3_reason(request: AttentionRequest) -> str | None:
     # Builds without fp16 exist, and only a call would tell: bf16 is what all of them have.
     bf16 = (torch.bfloat16,)
-    reason = _limits(request, bf16, oldest=(9, 0)) or _head_dims(request, 256, equal=True)
+    reason = _limits(request, bf16, soft_caps=True, oldest=(9, 0))
+    reason = reason or _head_dims(request, 256, equal=True)
     if reason is None and request.capability is not None and request.capability[0] != 9:
         return f"is built for compute capability 9, found {request.capability}"
     if reason is None and kernels.fa3_function() is None:

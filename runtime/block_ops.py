@@ -8,7 +8,7 @@ import torch
 
 from headinfer_compile.runtime.attention import AttentionRequest, Kernel, select
 from headinfer_compile.runtime.masks import block_mask
-from headinfer_compile.runtime.merge import merge_
+from headinfer_compile.runtime.merge import fold_sinks, merge_
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.spec import SiteSpec
 from headinfer_compile.runtime.step import NEW, NEW_PREFIX, TAIL, Step
@@ -96,6 +96,7 @@ def _kernel(
         causal=causal,
         masked=masked,
         fixed_shape=fixed,
+        soft_cap=spec.soft_cap is not None,
     )
     if request not in session.kernels:
         session.kernels[request] = select(request)
@@ -123,7 +124,7 @@ def _attend(
     rows = keys[1] - keys[0]
     fixed = step.regular and span != TAIL and step.is_common_length(rows)
     kernel = _kernel(session, spec, q, k, causal, mask is not None, fixed)
-    return kernel.run(q, k, v, scale=spec.scale, causal=causal, mask=mask)
+    return kernel.run(q, k, v, scale=spec.scale, causal=causal, mask=mask, soft_cap=spec.soft_cap)
 
 
 def attend(
@@ -132,6 +133,11 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """``(out, lse)`` of one query chunk over one span; fp32 accumulators when more spans follow."""
     out, lse = _attend(session, q, k, v, masks, spec, group, chunk, span)
+    site = session.specs[spec]
+    if site.sinks is not None:
+        # Once for each result: every other span is merged to this one.
+        heads = _head_range(session, site, group)[1]
+        out, lse = fold_sinks(out, lse, masks[site.sinks].reshape(-1)[heads])
     if not accumulate:
         return out, lse
     # Fresh tensors: some kernels return views, and the merge writes in place.

@@ -5,7 +5,8 @@ heads), n queries, m keys, D head dim of q and k, Dv head dim of v.
 
 Every function takes q ``[B, Hq, n, D]``, k ``[B, Hkv, m, D]`` and v ``[B, Hkv, m, Dv]`` with
 m >= 1, any strides and a contiguous last dimension; ``causal`` is top-left and asks for n == m.
-A mask broadcasts to ``[B, Hq, n, m]``: bool (True is visible) or float (added to the scores). They
+A mask broadcasts to ``[B, Hq, n, m]``: bool (True is visible) or float (added to the scores).
+``soft_cap`` makes scaled scores s ``soft_cap * tanh(s / soft_cap)`` before the mask. They
 return out ``[B, Hq, n, Dv]`` in q's dtype and any strides, and lse fp32 ``[B, Hq, n]``, the natural
 logarithm of the sum of exponentials of the scaled scores. A row that sees no key has out 0 and lse
 -inf. What a kernel cannot do is said by ``attention.py``, not checked here.
@@ -40,8 +41,9 @@ class Run(Protocol):
     """Attend one block; the contract is in the module's docstring."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]: ...
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None,
+        soft_cap: float | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def math_chunk(row_bytes: int, num_kv_heads: int, n: int) -> tuple[int, int]:
@@ -58,8 +60,9 @@ def math_chunk(row_bytes: int, num_kv_heads: int, n: int) -> tuple[int, int]:
 
 
 def math(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain matrix products in fp32 (fp64 for fp64), a bounded piece of the scores at a time."""
     batch, num_heads, n, _ = q.shape
     num_kv_heads, m = k.shape[1:3]
@@ -82,6 +85,8 @@ def math(
             q_part = q[:, q_heads, q_rows].to(dtype) * scale
             q_part = q_part.reshape(batch, -1, group * count, q.shape[-1])
             scores = q_part @ k_part[:, :, :seen].mT
+            if soft_cap is not None:
+                scores.div_(soft_cap).tanh_().mul_(soft_cap)
             grouped = scores.view(batch, -1, group, count, seen)
             if causal:
                 hidden = torch.ones(count, seen, dtype=torch.bool, device=q.device).triu(row + 1)
@@ -102,9 +107,11 @@ def math(
 
 
 def cpu_flash(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch's flash kernel for the CPU; a single query's GQA group becomes its query length."""
+    assert soft_cap is None
     v_head_dim = v.shape[-1]
     q_in, k_in, v_in = _equal_head_dims(q, k, v)
     bias = bias_in = None
@@ -123,10 +130,11 @@ def cpu_flash(
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch's FlashAttention-2; a single query's GQA group becomes its query length."""
-    assert mask is None
+    assert mask is None and soft_cap is None
     v_head_dim = v.shape[-1]
     if v_head_dim != q.shape[-1]:
         q, k, v = _equal_head_dims(q, k, v)
@@ -138,22 +146,25 @@ def flash(
 
 
 def cudnn(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """cuDNN's attention, which builds a plan at the first call with new sizes or strides."""
-    assert mask is None
+    assert mask is None and soft_cap is None
     out, lse = _CUDNN(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
     return out, lse.view(q.shape[:3])
 
 
 def efficient(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """torch's memory-efficient attention, which knows no GQA.
 
     A single query's GQA group becomes its query length. Otherwise each KV head is attended in a
     call of its own, repeated over its group with stride 0, so that nothing is copied.
     """
+    assert soft_cap is None
     batch, num_heads, n, _ = q.shape
     num_kv_heads, m = k.shape[1:3]
     group = num_heads // num_kv_heads
@@ -184,8 +195,9 @@ def efficient(
 
 
 def flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """FlashAttention-2 of the flash-attn package."""
     assert mask is None
     function = flash_attn_function()
@@ -196,14 +208,16 @@ def flash_attn(
         v.transpose(1, 2),
         softmax_scale=scale,
         causal=causal,
+        softcap=soft_cap or 0.0,
         return_attn_probs=True,
     )
     return out.transpose(1, 2), lse
 
 
 def fa3(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """FlashAttention-3 of either package that carries it."""
     assert mask is None
     function = fa3_function()
@@ -214,6 +228,7 @@ def fa3(
         v.transpose(1, 2),
         softmax_scale=scale,
         causal=causal,
+        softcap=soft_cap or 0.0,
         return_attn_probs=True,
     )
     return out.transpose(1, 2), lse

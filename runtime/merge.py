@@ -59,6 +59,23 @@ def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     torch.logaddexp(lse, other_lse, out=lse)
 
 
+def fold_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Join one more key a head, which every query sees and whose value is zero.
+
+    Args:
+        out: ``[B, H, n, Dv]`` of any float dtype.
+        lse: fp32 ``[B, H, n]``.
+        sinks: Scores of that key, H elements of any float dtype and shape.
+
+    Returns:
+        out in its dtype and lse, of the keys and the sinks together. What is merged to them later
+        need not know of the sinks.
+    """
+    score = sinks.reshape(1, -1, 1).to(torch.float32)
+    weight = torch.sigmoid(lse - score)
+    return (out * weight.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, score)
+
+
 @functools.cache
 def _triton_launch() -> _Launch | None:
     try:

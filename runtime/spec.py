@@ -55,6 +55,11 @@ class SiteSpec:
     v_head_dim: int
     scale: float
     mask: MaskForm
+    soft_cap: float | None = None
+    """Scores s become ``soft_cap * tanh(s / soft_cap)`` before the mask."""
+    sinks: int | None = None
+    """Place among the site's inputs (``masks`` of a schedule) of a tensor of ``Hq`` elements: for
+    each head the score of one more key, which every query sees and whose value is zero."""
 
     @property
     def queries_per_kv(self) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import time
 import zlib
 from datetime import datetime, timezone
@@ -17,6 +18,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models_report import ModelsReport
 
 pytest.register_assert_rewrite("harness")
 
@@ -65,13 +68,20 @@ def versions() -> dict[str, str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", metavar="FILE", help="write outcomes and times as JSON to FILE")
+    parser.addoption(
+        "--models-report", metavar="FILE", help="write the table of models (Markdown) to FILE"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--report")
+    command = shlex.join(["pytest", *config.invocation_params.args])
     if path:
-        command = " ".join(["pytest", *config.invocation_params.args])
         config.pluginmanager.register(Report(config.rootpath / path, command))
+    table = config.getoption("--models-report")
+    if table:
+        report = ModelsReport(config.rootpath / table, command, versions())
+        config.pluginmanager.register(report)
 
 
 def pytest_report_header() -> str:

@@ -145,8 +145,10 @@ class CompiledModel:
 
     @property
     def layers(self) -> int:
-        """Layers of the model."""
-        return int(self.resident.config.num_hidden_layers)
+        """Layers of the model that keep K and V."""
+        config = self.resident.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or ["full"] * config.num_hidden_layers
+        return sum(kind != "linear_attention" for kind in kinds)
 
     def cache(self, **options: Any) -> HeadInferCache:
         """A cache of small pages and a small tail, so that little fits on the device."""

@@ -6,52 +6,38 @@ Legend: B batch, Hq query heads, Hkv KV heads, n new tokens, S all tokens, D hea
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
-from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from headinfer_compile import HeadInferCache, HeadInferConfig, headinfer
+from attention_harness import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    Program,
+    assert_exact,
+    called,
+    causal_mask,
+    found,
+    inputs,
+    offloaded,
+    repeat_kv,
+)
+from headinfer_compile import headinfer
 from headinfer_compile.errors import DeclinedError
-from headinfer_compile.passes import find_attention
-from headinfer_compile.passes.context import META, AttentionSite, PassContext
-from headinfer_compile.passes.graph_utils import calls
+from headinfer_compile.passes.context import META, AttentionSite
 
 ATTENTION = torch.ops.headinfer.attention.default
-HEADS, KV_HEADS, DIM = 6, 3, 8
 FLASH_SCHEMA = (
     "_flash_attn_forward(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, "
     "bool causal, SymInt window_size_left, SymInt window_size_right, float softcap, "
     "Tensor? alibi_slopes, bool return_softmax) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-
-Program = Callable[[Any, Tensor, Tensor, Tensor], Any]
-
-
-class ResidentCache:
-    """All K and V of one layer, concatenated."""
-
-    def __init__(self) -> None:
-        self.kv: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """``[B, Hkv, n, D]`` in, ``[B, Hkv, S, D]`` out."""
-        self.kv.append((k, v))
-        keys, values = zip(*self.kv, strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2)
-
-
-def offloaded() -> HeadInferCache:
-    """A cache of one layer whose tokens go to host pages of 8."""
-    return HeadInferCache.from_shape(
-        num_layers=1, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=torch.float32,
-        gpu_budget=0, page_tokens=8, tail_tokens=4,
-    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -73,14 +59,18 @@ def flash() -> Iterator[Any]:
     library.define(FLASH_SCHEMA)
 
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, p: float, scale: float, causal: bool, *_: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q: Tensor, k: Tensor, v: Tensor, p: float, scale: float, causal: bool, left: int,
+        right: int, cap: float, *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+        scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
+        n, total = scores.shape[-2:]
+        ahead = torch.arange(total) - (torch.arange(n)[:, None] + total - n)
         if causal:
-            n, total = scores.shape[-2:]
-            keep = torch.arange(total) <= torch.arange(n)[:, None] + total - n
-            scores = scores.masked_fill(~keep, float("-inf"))
+            scores = scores.masked_fill(ahead > 0, float("-inf"))
+        if left >= 0:
+            scores = scores.masked_fill(ahead < -left, float("-inf"))
         out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
         return out, scores.logsumexp(-1), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
 
@@ -92,22 +82,6 @@ def flash() -> Iterator[Any]:
     torch.library.register_fake("flash_attn::_flash_attn_forward", fake, lib=library)
     yield torch.ops.flash_attn._flash_attn_forward
     library._destroy()
-
-
-def repeat_kv(x: Tensor) -> Tensor:
-    """``[B, Hkv, S, D]`` to ``[B, Hq, S, D]`` as models without grouped attention write it."""
-    batch, heads, tokens, dim = x.shape
-    ratio = HEADS // heads
-    expanded = x[:, :, None, :, :].expand(batch, heads, ratio, tokens, dim)
-    return expanded.reshape(batch, heads * ratio, tokens, dim)
-
-
-def causal_mask(q: Tensor, keys: Tensor) -> Tensor | None:
-    """``[n, S]`` by index arithmetic; None for one query, which sees everything."""
-    new, total = q.shape[2], keys.shape[2]
-    if new == 1:
-        return None
-    return torch.arange(total) <= torch.arange(new)[:, None] + (total - new)
 
 
 def grouped(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -151,52 +125,6 @@ def flash_program(**changed: Any) -> Program:
     return program
 
 
-def inputs(seed: int, new: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q ``[B, Hq, n, D]`` and k, v ``[B, Hkv, n, D]``."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, heads, new, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-    return q, k, v
-
-
-def called(gm: GraphModule, op: torch._ops.OpOverload) -> list[Node]:
-    """The nodes that call ``op``."""
-    return [node for node in gm.graph.nodes if calls(node, op)]
-
-
-def found(program: Program, strict: bool = False) -> tuple[GraphModule, PassContext]:
-    """The graph of a first call after the pass."""
-    results: list[tuple[GraphModule, PassContext]] = []
-
-    def backend(gm: GraphModule, example_inputs: Any) -> Any:
-        ctx = PassContext(
-            HeadInferConfig(strict=strict), example_inputs, pass_name="find_attention"
-        )
-        results.append((find_attention.run(gm, ctx), ctx))
-        gm.graph.lint()
-        raise DeclinedError("captured")
-
-    with pytest.raises(BackendCompilerFailed):
-        torch.compile(program, backend=backend, fullgraph=True)(offloaded(), *inputs(0, 7))
-    return results[0]
-
-
-def assert_exact(program: Program, seed: int, rewritten: bool = True) -> HeadInferCache:
-    """Compare the compiled program with itself over ``ResidentCache``, chunk after chunk."""
-    compiled = torch.compile(program, backend=headinfer, options={"lowering": "eager"})
-    cache, resident = offloaded(), ResidentCache()
-    for step, new in enumerate((20, 9, 1, 1, 1, 1, 70)):
-        qkv = inputs(seed + step, new)
-        torch.testing.assert_close(
-            compiled(cache, *qkv), program(resident, *qkv), rtol=1e-5, atol=1e-5
-        )
-    stats = cache.stats()
-    assert stats.eager_updates == 0
-    assert stats.sites_rewritten == int(rewritten)
-    assert stats.materialised_layers == int(not rewritten)
-    return cache
-
-
 @pytest.mark.parametrize(
     ("program", "scale"),
     [
@@ -206,8 +134,13 @@ def assert_exact(program: Program, seed: int, rewritten: bool = True) -> HeadInf
         (unmasked, DIM**-0.5),
         (flash_program(), 0.4),
         (flash_program(causal=False), 0.4),
+        (flash_program(window_size_left=7), 0.4),
+        (flash_program(softcap=0.5, window_size_left=30, window_size_right=0), 0.4),
     ],
-    ids=["gqa", "repeat_kv", "is_causal", "unmasked", "flash", "flash_full"],
+    ids=[
+        *("gqa", "repeat_kv", "is_causal", "unmasked", "flash", "flash_full", "flash_window"),
+        "flash_cap",
+    ],
 )
 def test_found_and_exact(flash: Any, seed: int, program: Program, scale: float) -> None:
     gm, ctx = found(program)
@@ -259,8 +192,7 @@ def changed_keys(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def no_attention(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keys, values = cache.update(k, v, 0)
-    scores = (q @ repeat_kv(keys).transpose(2, 3)).softmax(-1)
-    result: Tensor = scores @ repeat_kv(values)
+    result: Tensor = q @ (repeat_kv(keys).transpose(2, 3) @ repeat_kv(values))
     return result
 
 
@@ -279,8 +211,7 @@ def interleaved(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (changed_keys, "its K or V is not the output of a HeadInferCache update"),
         (interleaved, "its K or V is not the output of a HeadInferCache update"),
         (no_attention, "is no attention that this pass knows"),
-        (flash_program(softcap=30.0), "soft cap or ALiBi"),
-        (flash_program(window_size_left=4), "a window is given"),
+        (flash_program(causal=False, window_size_right=4), "reaches 4 tokens ahead"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
