@@ -6,7 +6,7 @@ that supports the request. Names of shapes are those of ``kernels.py``.
 
 | kernel | runs on | GQA | mask | soft cap | note |
 |---|---|---|---|---|---|
-| fa3 | Hopper, package | yes | no | yes | as fast as cudnn, no plan a shape; slow for one query |
+| fa3 | Hopper, package | yes | no | no | as fast as cudnn, no plan a shape; slow for one query |
 | cudnn | compute capability 9, 10 | yes | no | no | 34 to 67 ms a new shape: fixed shapes only |
 | flash_attn | CUDA >= 8.0, package | yes | no | yes | |
 | flash | CUDA >= 8.0 | yes | no | no | best for one query |
@@ -193,8 +193,7 @@ def _flash_attn_reason(request: AttentionRequest) -> str | None:
 def _fa3_reason(request: AttentionRequest) -> str | None:
     # Builds without fp16 exist, and only a call would tell: bf16 is what all of them have.
     bf16 = (torch.bfloat16,)
-    reason = _limits(request, bf16, soft_caps=True, oldest=(9, 0))
-    reason = reason or _head_dims(request, 256, equal=True)
+    reason = _limits(request, bf16, oldest=(9, 0)) or _head_dims(request, 256, equal=True)
     if reason is None and request.capability is not None and request.capability[0] != 9:
         return f"is built for compute capability 9, found {request.capability}"
     if reason is None and kernels.fa3_function() is None:

@@ -219,7 +219,7 @@ def fa3(
     soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """FlashAttention-3 of either package that carries it."""
-    assert mask is None
+    assert mask is None and soft_cap is None
     function = fa3_function()
     assert function is not None
     out, lse = function(
@@ -228,7 +228,6 @@ def fa3(
         v.transpose(1, 2),
         softmax_scale=scale,
         causal=causal,
-        softcap=soft_cap or 0.0,
         return_attn_probs=True,
     )
     return out.transpose(1, 2), lse
