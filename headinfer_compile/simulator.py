@@ -4,7 +4,8 @@ Inside a simulated call no tensor op runs when it is issued: it goes to the queu
 (compute, h2d or d2h) with the events around it, just as the runtime records and waits for them. A
 seeded generator decides how far each queue runs ahead of the others. What a stream has not computed
 yet reads as NaN, and so does a slot or staging buffer that was given up. When no edge is missing,
-every seed gives bitwise the same result; without an edge that is needed, some seed gives another.
+every seed gives bitwise the same result; without an edge that is needed, some seed gives another,
+and whatever the seed, the log of the run shows the race (``run_log.py``).
 
 Only regions lowered with ``lowering="eager"`` can be simulated: Inductor's kernels do not go
 through the dispatcher.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from headinfer_compile.cache import HeadInferCache
-from headinfer_compile.errors import HeadInferError, ScheduleError
+from headinfer_compile.errors import HeadInferError
+from headinfer_compile.race_detector import ROLES
+from headinfer_compile.run_log import RunLog
 from headinfer_compile.runtime.ops import NAMESPACE
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.streams import Event, Streams
 
-_ROLES = ("compute", "h2d", "d2h")
 _RATES = (0.0, 0.05, 0.6, 0.95)
 """Chances that a stream runs one more op after the host has issued one: from idle to keeping up."""
 
@@ -64,6 +66,7 @@ class _Ticket:
     """One record of an event: what a wait issued after it waits for."""
 
     role: str
+    number: int
     done: bool = False
 
 
@@ -107,18 +110,21 @@ class Simulation:
         self.role = "compute"
         self.executing = False
         self.finished = False
+        self.log = RunLog(session)
+        self.place: Callable[[str], tuple[Hashable, ...]] | None = None
+        """Says where in a schedule the host is, to label the waits in ``log``; else by number."""
         self._session = session
         self._drop, self._only = drop, only
         self._random = random.Random(seed)
-        self._queues: dict[str, deque[_Entry]] = {role: deque() for role in _ROLES}
-        self._last: dict[str, _Ticket] = {role: _Ticket(role, True) for role in _ROLES}
+        self._queues: dict[str, deque[_Entry]] = {role: deque() for role in ROLES}
+        self._tickets = 0
         self._mode = _Deferring(self)
         self._in_call = self._deferring = False
         self.new_pace()
 
     def new_pace(self) -> None:
         """Draw anew how fast each stream runs."""
-        self._rates = {role: self._random.choice(_RATES) for role in _ROLES}
+        self._rates = {role: self._random.choice(_RATES) for role in ROLES}
 
     # -- what the host issues ---------------------------------------------------------------
 
@@ -129,7 +135,7 @@ class Simulation:
             # Outside of a call compute ops run when they are called, so all before them has to.
             self.finish(role)
             return
-        for other in self._random.sample(_ROLES, len(_ROLES)):
+        for other in self._random.sample(ROLES, len(ROLES)):
             while self._random.random() < self._rates[other] and self._step(other):
                 pass
 
@@ -137,8 +143,7 @@ class Simulation:
         """Record ``event``; a slot or staging buffer that it gives up reads as NaN from here on."""
         for buffer in self._given_up_by(event):
             self.issue(role, _Entry(run=partial(buffer.fill_, float("nan"))))
-        event.ticket = _Ticket(role)
-        self.issue(role, _Entry(records=event.ticket))
+        event.ticket = self._new_ticket(role)
 
     def wait(self, role: str, ticket: _Ticket | None, edge: str) -> None:
         """Make a stream wait for a record, unless this edge is the one to leave out."""
@@ -147,13 +152,20 @@ class Simulation:
         if edge == self._drop and self._only in (None, index):
             self.dropped += 1
         elif ticket is not None:
+            label = (edge, index) if self.place is None else self.place(edge)
+            self.log.wait(role, ticket.number, label)
             self.issue(role, _Entry(waits_for=ticket))
 
     def join(self, role: str, other: str) -> None:
         """Make a stream wait for all that another was given so far."""
-        ticket = _Ticket(other)
-        self.issue(other, _Entry(records=ticket))
-        self.wait(role, ticket, f"{role} joins {other}")
+        self.wait(role, self._new_ticket(other), f"{role} joins {other}")
+
+    def _new_ticket(self, role: str) -> _Ticket:
+        self._tickets += 1
+        ticket = _Ticket(role, self._tickets)
+        self.log.record(role, ticket.number)
+        self.issue(role, _Entry(records=ticket))
+        return ticket
 
     # -- what the streams do ----------------------------------------------------------------
 
@@ -191,8 +203,13 @@ class Simulation:
 
     def synchronize(self) -> None:
         """Run everything, as a device-wide synchronisation would."""
-        for role in _ROLES:
-            self.finish(role)
+        for role in ROLES:
+            self.host_waits(role)
+
+    def host_waits(self, role: str) -> None:
+        """Let the host wait for a stream."""
+        self.finish(role)
+        self.log.host_waits(role)
 
     def _given_up_by(self, event: SimulatedEvent) -> Sequence[torch.Tensor]:
         session = self._session
@@ -218,7 +235,7 @@ class Simulation:
         finally:
             self._in_call = False
         if synchronize:
-            self.finish("compute")
+            self.host_waits("compute")
 
     @contextmanager
     def on(self, role: str) -> Iterator[None]:
@@ -232,25 +249,6 @@ class Simulation:
         finally:
             self.role = before
             self._deferring = not entering
-
-    def check_owned(self, tensor: torch.Tensor) -> None:
-        """Check that a copy stream works on memory of the session, which nobody else frees.
-
-        Raises:
-            ScheduleError: The tensor is somebody else's.
-        """
-        session = self._session
-        owned = [session.tail.layers[0][0]]
-        owned += [page for block in session.table.blocks for page, _ in block.pages]
-        if session.slots is not None:
-            owned.append(session.slots.slots[0].buffer)
-        if session.staging is not None:
-            owned.append(session.staging.views(0, 0, 1)[0])
-        if _storage(tensor) not in map(_storage, owned):
-            raise ScheduleError(
-                f"a copy on {self.role} works on a tensor {tuple(tensor.shape)} that is not the "
-                "session's: it may be freed while the copy is under way"
-            )
 
 
 class _Deferring(TorchDispatchMode):
@@ -276,14 +274,13 @@ class _Deferring(TorchDispatchMode):
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         if func in _HOST_READS:
-            simulation.finish("compute")
+            simulation.host_waits("compute")
             return func(*args, **kwargs)
         written = _written(func, args, kwargs)
         if written:
-            if simulation.role != "compute":
-                for tensor in tree_leaves((args, kwargs)):
-                    if isinstance(tensor, torch.Tensor):
-                        simulation.check_owned(tensor)
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)]
+            reads = [tensor for tensor in tensors if all(tensor is not w for w in written)]
+            simulation.log.op(simulation.role, func, reads, written)
             simulation.issue(simulation.role, _Entry(run=partial(func, *args, **kwargs)))
             return written[0] if len(written) == 1 else tuple(written)
         return self._defer_functional(func, args, kwargs)
@@ -291,12 +288,12 @@ class _Deferring(TorchDispatchMode):
     def _defer_functional(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Run once on whatever is there, for the shapes; a view is then already what it should be.
         results = func(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)]
         held = {_storage(tensor) for tensor in inputs}
         fresh = [
             (index, leaf)
             for index, leaf in enumerate(tree_leaves(results))
-            if isinstance(leaf, torch.Tensor) and _storage(leaf) not in held
+            if _is_tensor(leaf) and _storage(leaf) not in held
         ]
         if not fresh or not (inputs or func in _ALLOCATIONS):
             return results
@@ -309,8 +306,13 @@ class _Deferring(TorchDispatchMode):
                 for index, leaf in fresh:
                     leaf.copy_(computed[index])
 
+            self._simulation.log.op(self._simulation.role, func, inputs, ())
             self._simulation.issue(self._simulation.role, _Entry(run=run))
         return results
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -351,8 +353,8 @@ class SimulatedStreams(Streams):
         self._simulation.join(role, other)
 
     def drain(self) -> None:
-        self._simulation.finish("h2d")
-        self._simulation.finish("d2h")
+        self._simulation.host_waits("h2d")
+        self._simulation.host_waits("d2h")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ find every pair of accesses that nothing orders.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -19,9 +19,6 @@ COMPUTE, H2D, D2H = range(3)
 
 #: How many ops of each stream come before.
 Clock = tuple[int, int, int]
-
-#: All that earlier sites did on one stream counts as one op, which nothing has waited for yet.
-BEFORE: tuple[Clock, Clock, Clock] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 
 
 def not_proved(node: Node | None, reason: str) -> ScheduleError:
@@ -43,15 +40,16 @@ class _Buffer:
 class Timeline:
     """The ops issued so far and the accesses of each buffer."""
 
-    streams: list[Clock] = field(default_factory=lambda: list(BEFORE))
+    streams: list[Clock] = field(default_factory=list)
+    """The clock of the last op of each stream."""
     clocks: dict[Node, Clock] = field(default_factory=dict)
     """What an op that waits for this node comes after."""
     buffers: dict[str, _Buffer] = field(default_factory=dict)
 
-    def enter(self, name: str, written_on: int, read_on: Iterable[int] = ()) -> None:
-        """Declare a buffer that earlier sites wrote and read on these streams."""
-        readers: dict[int, tuple[Node | None, int]] = dict.fromkeys(read_on, (None, 1))
-        self.buffers[name] = _Buffer(None, (written_on, 1), readers)
+    def enter(self, name: str, stream: int, tick: int, read: Mapping[int, int]) -> None:
+        """Declare a buffer that earlier sites wrote and read: stream and place of the last ones."""
+        readers: dict[int, tuple[Node | None, int]] = {on: (None, at) for on, at in read.items()}
+        self.buffers[name] = _Buffer(None, (stream, tick), readers)
 
     def issue(self, node: Node, stream: int, *events: Clock) -> None:
         """Put an op that waits for ``events`` at the end of a stream."""

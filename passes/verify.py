@@ -20,13 +20,15 @@ Rules:
 6. A page is read after its offload. The tail is read after the pack that appends to it, and
    written back after it too.
 7. Entry and exit: the ring comes in as ``key.entry`` transfers and releases and leaves as
-   ``key.next_transfers`` and releases, in slot order from the next base.
+   ``key.next_transfers`` and releases, in slot order from the next base and in the order in which
+   they were made.
 
 Induction: every access that the sites before may have left unfinished is assumed unfinished at
-entry (one op on each stream that nothing has waited for), and rules 5 and 7 give the next site what
-this one assumed. So one proof covers all layers and steps. What is not in a schedule is the
-runtime's: a step writes page and tail rows past those that it reads, and rows given up by a crop
-are written again only after a drain.
+entry (ops that nothing has waited for; on compute and h2d one for each slot, in the order of the
+ring), and rules 5 and 7 give the next site what this one assumed. So one proof covers all layers
+and steps. What is not in a schedule is the runtime's: a step writes page and tail rows past those
+that it reads, rows given up by a crop are written again only after a drain, and h2d fills a new
+ring only after what compute was given before (the memory may be in use by it).
 """
 
 from __future__ import annotations
@@ -38,10 +40,16 @@ import torch
 from torch.fx import GraphModule, Node
 
 from headinfer_compile.passes.chunk_sequence import spans
-from headinfer_compile.passes.happens_before import BEFORE, COMPUTE, D2H, H2D, not_proved
+from headinfer_compile.passes.happens_before import (
+    COMPUTE,
+    D2H,
+    H2D,
+    Timeline,
+    not_proved,
+)
 from headinfer_compile.passes.place import FIXED_INPUTS
 from headinfer_compile.passes.schedule import APPEND, PlanKey
-from headinfer_compile.passes.verify_rules import LAYERS, RULES, Move, State
+from headinfer_compile.passes.verify_rules import COPIED, LAYERS, RULES, Move, State
 from headinfer_compile.runtime.sizes import STAGING_SLOTS
 
 _NUMBERS = {
@@ -62,7 +70,8 @@ def run(gm: GraphModule, key: PlanKey, *, prologue: bool = False) -> None:
         ScheduleError: A rule is broken; the ops, the buffer and the missing edge are named.
     """
     nodes = list(gm.graph.nodes)
-    state = State(key, {node.name: node for node in nodes if node.op == "placeholder"})
+    inputs = {node.name: node for node in nodes if node.op == "placeholder"}
+    state = State(key, inputs, Timeline())
     _enter(state, entry=0 if prologue else key.entry)
     for node in nodes:
         if node.target is operator.getitem:
@@ -81,25 +90,33 @@ def run(gm: GraphModule, key: PlanKey, *, prologue: bool = False) -> None:
 
 
 def _enter(state: State, entry: int) -> None:
-    key, inputs, time = state.key, state.inputs, state.time
+    key, inputs, time, count = state.key, state.inputs, state.time, state.key.num_slots
+    copied = state.copied
     ring = [f"r{index}" for index in range(key.num_slots)]
     if list(inputs) != [*FIXED_INPUTS, *ring]:
         raise not_proved(None, f"its inputs are {', '.join(inputs)}")
-    transfers = key.transfers()
+    transfers, released = key.transfers(), key.num_slots - entry
+    # One op before on compute and on h2d for each slot, in the order of the ring: what was released
+    # longest ago comes first, and what is in flight was started last.
+    time.streams = [(count, 0, 0), (0, count, 0), (0, 0, len(COPIED))]
     for index, name in enumerate(ring):
         token, in_flight = inputs[name], index < entry
         state.slots[index] = token
+        read = index - entry + 1
+        filled = released + index + 1 if in_flight else read
         # A release comes after the wait for what filled the slot, so it stands for both streams.
-        time.clocks[token] = BEFORE[H2D] if in_flight else (1, 1, 0)
-        time.enter(f"slot {index}", H2D, () if in_flight else (COMPUTE,))
+        time.clocks[token] = (0, filled, 0) if in_flight else (read, filled, 0)
+        time.enter(f"slot {index}", H2D, filled, {} if in_flight else {COMPUTE: read})
         if in_flight:
             state.moves[token] = Move(transfers[index], False, index)
     for index in range(STAGING_SLOTS):
-        time.enter(f"staging buffer {index}", COMPUTE, (D2H,))
+        time.enter(
+            f"staging buffer {index}", COMPUTE, count, {D2H: copied[f"staging buffer {index}"][D2H]}
+        )
     # What is in the tail was appended after the D2H of what the tail held before.
-    time.enter("the tail", COMPUTE, () if key.has_tail else (D2H,))
+    time.enter("the tail", COMPUTE, count, {} if key.has_tail else {D2H: copied["the tail"][D2H]})
     for layer in LAYERS:
-        time.enter(f"the pages of {layer}", D2H, (H2D,))
+        time.enter(f"the pages of {layer}", D2H, copied[layer][D2H], {H2D: count})
 
 
 def _step(state: State, node: Node, prologue: bool) -> None:
@@ -134,11 +151,17 @@ def _leave(state: State, node: Node, prologue: bool) -> None:
         raise not_proved(node, f"returns {out}, which is not the finished result")
     base = 0 if prologue else len(key.transfers())
     expected = key.transfers()[: key.entry] if prologue else key.next_transfers
+    last: dict[int, int] = {}
     for index, token in enumerate(ring):
         slot = (base + index) % key.num_slots
         if token is not state.slots[slot]:
             held = state.slots[slot].name
             raise not_proved(node, f"returns {token} for slot {slot}, which {held} holds")
+        stream = H2D if token in state.moves else COMPUTE
+        tick = state.time.clocks[token][stream]
+        if tick <= last.get(stream, 0):
+            raise not_proved(node, f"returns {token} after a token that was made later")
+        last[stream] = tick
         move = state.moves.pop(token, None)
         content = expected[index] if index < len(expected) else None
         if (move.content if move else None) != content:

@@ -17,7 +17,6 @@ from torch.fx import Node
 
 from headinfer_compile.passes.chunk_sequence import spans
 from headinfer_compile.passes.happens_before import (
-    BEFORE,
     COMPUTE,
     D2H,
     H2D,
@@ -38,6 +37,13 @@ from headinfer_compile.runtime.ops import NAMESPACE
 from headinfer_compile.runtime.sizes import STAGING_SLOTS
 
 LAYERS = ("layer", "next_layer")
+
+#: What earlier sites may be copying to the host, or to: each by an op of its own on d2h. The copies
+#: from the tail and from staging are those to the pages of this layer, or older.
+COPIED = ("the tail", *(f"staging buffer {index}" for index in range(STAGING_SLOTS)), *LAYERS)
+
+#: The event of that copy.
+COPIED_BEFORE: dict[str, Clock] = {name: (0, 0, at) for at, name in enumerate(COPIED, start=1)}
 
 _Args = tuple[Any, ...]
 
@@ -72,8 +78,8 @@ class State:
     packs: dict[Node, int] = field(default_factory=dict)
     staged: list[Node] = field(default_factory=list)
     """Packs in the order in which they took staging buffers."""
-    copied: dict[str, Clock] = field(default_factory=dict)
-    """The last D2H from a buffer or of a layer, where it is not that of an earlier site."""
+    copied: dict[str, Clock] = field(default_factory=COPIED_BEFORE.copy)
+    """The last D2H from a buffer or of a layer."""
     offloaded: set[int] = field(default_factory=set)
     attended: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     chains: dict[Node, tuple[int, int]] = field(default_factory=dict)
@@ -111,7 +117,7 @@ def _prefetch(state: State, node: Node, args: _Args) -> None:
         )
     if after not in state.time.clocks:
         raise not_proved(node, f"comes after {after}, which is no token made before it")
-    written = state.copied.get(layer.name, BEFORE[D2H])
+    written = state.copied[layer.name]
     state.time.issue(node, H2D, state.time.clocks[after], written)
     state.time.read(node, H2D, f"the pages of {layer.name}")
     state.time.write(node, H2D, name)
@@ -166,7 +172,7 @@ def _pack(state: State, node: Node, args: _Args) -> None:
         raise not_proved(node, f"packs piece {piece} a second time")
     if piece == APPEND:
         # The runtime waits for the D2H of the tail when it is empty, and has waited when it is not.
-        copied = state.copied.get("the tail", BEFORE[D2H])
+        copied = state.copied["the tail"]
         time.issue(node, COMPUTE, *(() if state.key.has_tail else (copied,)))
         time.write(node, COMPUTE, "the tail")
     elif not 0 <= piece < len(pieces):
@@ -182,7 +188,7 @@ def _pack(state: State, node: Node, args: _Args) -> None:
         time.read(node, COMPUTE, "the tail")
     elif pieces[piece].to_host:
         name = f"staging buffer {len(state.staged) % STAGING_SLOTS}"
-        time.issue(node, COMPUTE, state.copied.get(name, BEFORE[D2H]))
+        time.issue(node, COMPUTE, state.copied[name])
         time.write(node, COMPUTE, name)
         state.staged.append(node)
     else:

@@ -251,7 +251,8 @@ class Session(Store):
 
     def drain(self) -> None:
         """Order all later work after every transfer and reader; no slot is in use afterwards."""
-        for role, other in (("compute", "h2d"), ("h2d", "compute"), ("d2h", "h2d")):
+        # In this order: compute then stands for d2h too. D2H itself follows a pack on compute.
+        for role, other in (("compute", "h2d"), ("compute", "d2h"), ("h2d", "compute")):
             self.streams.join(role, other)
         if self.slots is not None:
             self.slots.forget()

@@ -165,10 +165,9 @@ class Store:
                 f"the GPU has no room for {count} slots of {format_bytes(nbytes)}: lower "
                 "slot_tokens, page_tokens or num_slots, or free GPU memory"
             ):
-                ring = SlotRing(geometry, count, nbytes, self.streams)
+                self.slots = SlotRing(geometry, count, nbytes, self.streams)
             # The allocator may give memory that compute, in whose order it was freed, still uses.
             self.streams.join("h2d", "compute")
-            self.slots = ring
         return self.slots
 
     def staging_tokens(self, geometry: Geometry) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from edges import Edge, Places, edges_of, killed_by_verifier, ops_in
 from harness import CompiledModel, clean_dynamo, random_ids, tiny_llama
 from headinfer_compile import HeadInferCache
-from headinfer_compile.errors import HeadInferError
+from headinfer_compile.errors import HeadInferError, ScheduleError
+from headinfer_compile.race_detector import replay
 from headinfer_compile.simulator import Simulation, simulated
+from mutator import opname
 
-#: One call each: new tokens, or tokens to crop when negative; 0 resets.
-Calls = Sequence[int]
+#: One call each: new tokens, or tokens to crop when negative; 0 resets. A dict is new options, and
+#: "fault" lets the next call be interrupted, in its last layer, and then made again.
+Calls = Sequence[int | dict[str, Any] | str]
 LONG: Calls = (40, 40, *[1] * 10, -5, 12, *[1] * 6)
 SHORT: Calls = (40, *[1] * 14)
 
@@ -36,18 +41,42 @@ def model() -> Iterator[CompiledModel]:
 
 def play(model: CompiledModel, cache: HeadInferCache, calls: Calls, seed: int = 0) -> list[Tensor]:
     """The logits of each call."""
-    ids, at, logits = random_ids(seed, 512), 0, []
+    ids, at, logits, fault = random_ids(seed, 512), 0, [], False
     with torch.no_grad():
         for count in calls:
-            if count > 0:
+            if isinstance(count, dict):
+                model.use(**count)
+            elif isinstance(count, str):
+                fault = True
+            elif count > 0:
                 part = ids[:, at : at + count]
+                if fault:
+                    interrupt(model, cache, part)
+                fault = False
                 logits.append(model.model(part, past_key_values=cache, use_cache=True).logits)
+                at += count
             elif count < 0:
                 cache.crop(count)
             else:
                 cache.reset()
-            at += max(0, count)
     return logits
+
+
+def interrupt(model: CompiledModel, cache: HeadInferCache, ids: Tensor) -> None:
+    """Make a call that is interrupted after the last layer has written its pages."""
+    session, last = cache.session, model.layers - 1
+    with pytest.MonkeyPatch.context() as patch:
+        learn, seen = session.transfer_tags, []
+
+        def stop(layer: int, transfers: Any) -> Any:
+            seen.append(layer)
+            if seen.count(last) == 2:
+                raise KeyboardInterrupt
+            return learn(layer, transfers)
+
+        patch.setattr(session, "transfer_tags", stop)
+        with pytest.raises(KeyboardInterrupt):
+            model.model(ids, past_key_values=cache, use_cache=True)
 
 
 @dataclass(frozen=True)
@@ -74,7 +103,7 @@ class Case:
 
 
 CASES = {
-    "two slots": Case(LONG, {}, {"tail_tokens": 4}),
+    "two slots": Case(LONG, {"num_slots": 2}, {"tail_tokens": 4}),
     "three slots": Case(LONG, {"num_slots": 3, "prefetch_distance": 2}, {"tail_tokens": 4}),
     "no hoisting": Case(LONG, {"disable_passes": ["hoist_prefetch"]}, {"tail_tokens": 4}),
     "some resident": Case(LONG, {"head_group": 1}, {"tail_tokens": 4, "gpu_budget": 10_000}),
@@ -93,6 +122,7 @@ def check(case: Case, model: CompiledModel, seeds: range) -> None:
     for seed in seeds:
         found, simulation = case.run(model, seed=seed, synchronize=bool(seed % 2))
         assert equal(found, wanted), f"seed {seed}"
+        simulation.log.check()
         assert simulation.edges["compute waits for slot.filled"] > 10
         assert simulation.dropped == 0
 
@@ -150,6 +180,72 @@ def test_the_edges_of_the_runtime_are_the_ones_tested(model: CompiledModel) -> N
     assert {edge for edge in issued if "joins" not in edge} == set(EDGES)
 
 
+#: Each join of a drain and of a new ring, and calls in which nothing else orders the same.
+JOINS: dict[str, Calls] = {
+    # A ring is given up while a transfer into it is under way.
+    "compute joins h2d": (40, 1, {"num_slots": 3}, 1),
+    # A new ring takes memory that compute still uses.
+    "h2d joins compute": (40, 40, 1),
+    # A write-back that was interrupted reads rows of the tail that are written again.
+    "compute joins d2h": (1, 1, 1, "fault", 1, 1),
+}
+
+
+@pytest.mark.parametrize("edge", JOINS)
+def test_a_dropped_join_is_a_race(edge: str, model: CompiledModel) -> None:
+    case = Case(JOINS[edge], {"num_slots": 2}, {"tail_tokens": 4})
+    wanted = case.reference(model)
+    found, simulation = case.run(model, seed=0, synchronize=False)
+    assert equal(found, wanted)
+    simulation.log.check()
+    _, simulation = case.run(model, seed=0, synchronize=False, drop=edge)
+    assert simulation.dropped > 0
+    with pytest.raises(ScheduleError, match="and no event orders them"):
+        simulation.log.check()
+
+
+def compare_edges(name: str, model: CompiledModel) -> Counter[str]:
+    """Leave each edge of each schedule of a case out of the proof and out of the run."""
+    case, counts = CASES[name], Counter[str]()
+    wanted = case.reference(model)
+    with model.cache(**case.sizes) as cache, simulated(cache, seed=1, synchronize=False) as run:
+        places = Places(run, cache.session)
+        with places.following(model):
+            found = play(model, cache, case.calls)
+    assert equal(found, wanted)
+    run.log.check()
+    for (_, prologue), schedule in places.used.items():
+        for edge, needed in edges_of(schedule, prologue).items():
+            # What only earlier sites can have left unfinished may be finished in this very run.
+            of_this_site = opname(ops_in(schedule)[edge[2]]) in ("wait", "offload")
+            killed, raced = killed_by_verifier(schedule, edge), raced_without(run, edge)
+            assert killed == needed >= raced, (edge, killed, needed, raced)
+            assert raced or not of_this_site, edge
+            counts[f"needed={needed}, race={raced}"] += 1
+    return counts
+
+
+def raced_without(run: Simulation, edge: Edge) -> bool:
+    return bool(replay(run.log.entries, {edge}).races)
+
+
+@pytest.mark.parametrize("name", ["one page", "new prompt"])
+def test_verifier_and_simulator_find_the_same_edges(name: str, model: CompiledModel) -> None:
+    counts = compare_edges(name, model)
+    print(name, dict(counts))
+    assert counts["needed=True, race=True"] > counts["needed=True, race=False"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"one page", "new prompt"}))
+def test_verifier_and_simulator_find_the_same_edges_of_long_runs(
+    name: str, model: CompiledModel
+) -> None:
+    counts = compare_edges(name, model)
+    print(name, dict(counts))
+    assert counts["needed=True, race=True"] > counts["needed=True, race=False"]
+
+
 def test_two_caches_alternate(model: CompiledModel) -> None:
     model.use()
     calls = (40, *[1] * 6)
@@ -196,15 +292,25 @@ def test_a_call_without_a_schedule_reads_what_one_with_has_written(model: Compil
     assert broken, f"without {edge!r}, 8 orders gave the right logits"
 
 
-def calls_of() -> st.SearchStrategy[tuple[int, ...]]:
-    """A first chunk, then steps, short turns, crops and resets."""
+def calls_of() -> st.SearchStrategy[Calls]:
+    """A first chunk, then steps, turns, crops, resets, other options and interrupted calls."""
     step = st.sampled_from((1, 1, 1, 1, 7, 25))
-    change = st.sampled_from((-1, -6, -12, 0))
+    options: list[int | dict[str, Any] | str] = [
+        {"num_slots": 4, "head_group": 1},
+        {"num_slots": 2, "workspace_bytes": 1},
+        {"disable_passes": ["hoist_prefetch"]},
+        "fault",
+    ]
+    change = st.sampled_from([-1, -6, -12, 0, *options])
     piece = st.tuples(st.lists(step, min_size=1, max_size=5), change, step).map(
         lambda found: (*found[0], found[1], found[2])
     )
     rest = st.lists(piece, min_size=1, max_size=3)
-    return st.builds(lambda first, tail: (first, *sum(tail, ())), st.integers(20, 60), rest)
+    return st.builds(
+        lambda first, tail: (first, *(call for calls in tail for call in calls)),
+        st.integers(20, 60),
+        rest,
+    )
 
 
 @given(
@@ -221,8 +327,9 @@ def test_any_sequence_of_calls_in_any_order(
     model: CompiledModel, calls: Calls, seed: int, num_slots: int, synchronize: bool, **sizes: int
 ) -> None:
     case = Case(calls, {"num_slots": num_slots}, dict(sizes))
-    found, _ = case.run(model, seed=seed, synchronize=synchronize)
+    found, simulation = case.run(model, seed=seed, synchronize=synchronize)
     assert equal(found, case.reference(model))
+    simulation.log.check()
 
 
 def test_only_a_new_cache_can_be_simulated(model: CompiledModel) -> None:
