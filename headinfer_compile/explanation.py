@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from headinfer_compile.executor import GraphReport
+from headinfer_compile.html_page import page
 from headinfer_compile.passes.context import AttentionSite, Decline
 from headinfer_compile.passes.pipeline import PassReport
 from headinfer_compile.passes.schedule import Schedule
 from headinfer_compile.passes.schedule_text import schedule_text
 from headinfer_compile.planner import Plan
+from headinfer_compile.prediction import Prediction
 from headinfer_compile.report_text import render
+from headinfer_compile.site_ops import SiteOp, StepShape
 from headinfer_compile.stats import CacheStats
 
 
@@ -36,11 +41,42 @@ class SiteSchedule:
     schedule: Schedule
     passes: tuple[PassReport, ...]
     """The passes that built it, with the text after each."""
+    ops: tuple[SiteOp, ...]
+    """What each op touches and waits for."""
 
     @cached_property
     def text(self) -> str:
         """The schedule as code with the stream of each op, as ``load_schedule`` reads it."""
         return schedule_text(self.schedule.graph_module, self.schedule.key)
+
+
+@dataclass(frozen=True)
+class SiteRun:
+    """One site of a step."""
+
+    layer: int
+    schedule: int
+    """Index of the schedule it runs, in the step's."""
+    base: int
+    """The ring slot that slot 0 of its ops is."""
+
+
+@dataclass(frozen=True)
+class HeadGroupChoice:
+    """What the step would be with another head group."""
+
+    head_group: int
+    chosen: bool
+    groups: int
+    slot_tokens: int
+    transfers: int
+    """Over all sites, like ``h2d_bytes``."""
+    transfer_bytes: int
+    """Of the largest transfer."""
+    slot_bytes: int
+    """Of all slots."""
+    h2d_bytes: int
+    prediction: Prediction
 
 
 @dataclass(frozen=True)
@@ -59,6 +95,11 @@ class StepPlan:
     """Over all sites, in a step like the ones before and after it."""
     d2h_bytes: int
     schedules: tuple[SiteSchedule, ...]
+    sites: tuple[SiteRun, ...]
+    """In the order they run."""
+    shape: StepShape
+    prediction: Prediction
+    choices: tuple[HeadGroupChoice, ...]
 
 
 @dataclass(frozen=True)
@@ -102,6 +143,17 @@ class Explanation:
     def __str__(self) -> str:
         return render(self)
 
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one page that needs no network and works from a file.
+
+        Args:
+            path: Of the file; its folder has to exist.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        Path(path).write_text(page(self), encoding="utf-8")
+
     def to_json(self) -> dict[str, Any]:
         """The same as nested dicts, lists, strings and numbers, without the text of the graphs."""
         return {
@@ -113,22 +165,7 @@ class Explanation:
 
 
 def _graph_json(graph: GraphExplanation) -> dict[str, Any]:
-    report, step = graph.report, None
-    if graph.step is not None:
-        step = {
-            **_fields(graph.step, "schedules"),
-            "schedules": [
-                {
-                    "layers": list(item.layers),
-                    "key": dataclasses.asdict(item.schedule.key),
-                    "build_seconds": item.schedule.build_seconds,
-                    "verify_seconds": item.schedule.verify_seconds,
-                    "passes": [_fields(entry, "text") for entry in item.passes],
-                    "text": item.text,
-                }
-                for item in graph.step.schedules
-            ],
-        }
+    report = graph.report
     return {
         "name": graph.name,
         "sites": [
@@ -136,11 +173,46 @@ def _graph_json(graph: GraphExplanation) -> dict[str, Any]:
             for site in report.sites
         ],
         "declines": [dataclasses.asdict(entry) for entry in report.declines],
-        "passes": [_fields(entry, "text") for entry in report.passes],
+        "passes": [_fields(entry, "before", "text") for entry in report.passes],
         "regions": [dataclasses.asdict(region) for region in report.regions.regions],
         "unique_regions": report.regions.num_unique,
         "calls": [dataclasses.asdict(call) for call in graph.calls],
-        "step": step,
+        "step": None if graph.step is None else _step_json(graph.step),
+    }
+
+
+def _step_json(step: StepPlan) -> dict[str, Any]:
+    return {
+        **_fields(step, "schedules", "sites", "shape", "prediction", "choices"),
+        "schedules": [
+            {
+                "layers": list(item.layers),
+                "key": dataclasses.asdict(item.schedule.key),
+                "build_seconds": item.schedule.build_seconds,
+                "verify_seconds": item.schedule.verify_seconds,
+                "passes": [_fields(entry, "before", "text") for entry in item.passes],
+                "text": item.text,
+                "ops": [dataclasses.asdict(op) for op in item.ops],
+            }
+            for item in step.schedules
+        ],
+        "sites": [dataclasses.asdict(site) for site in step.sites],
+        "prediction": prediction_json(step.prediction),
+        "head_groups": [
+            {**_fields(choice, "prediction"), "prediction": prediction_json(choice.prediction)}
+            for choice in step.choices
+        ],
+    }
+
+
+def prediction_json(prediction: Prediction) -> dict[str, Any]:
+    """The figures of a prediction, without its time line."""
+    return {
+        **_fields(prediction, "machine", "sites", "regions", "began"),
+        "link_utilisation": prediction.link_utilisation,
+        "limit": prediction.limit,
+        "machine": prediction.machine.name,
+        "rates": prediction.machine.source,
     }
 
 

@@ -51,6 +51,8 @@ class PassReport:
     nodes_before: int
     nodes_after: int
     ops_changed: dict[str, int]
+    before: str
+    """The graph before the pass; empty where ``text`` is, and before the first of a schedule."""
     text: str
     """The graph after the pass. Of a schedule, empty like ``ops_changed`` unless asked for."""
 
@@ -129,6 +131,7 @@ def _run(
     text_of: Callable[[GraphModule], str] | None,
     dump: Dump,
     ops_before: dict[str, int] | None,
+    before: str,
 ) -> tuple[GraphModule, PassReport, dict[str, int] | None]:
     """Run one pass; clean up and count only with ``ops_before``, the ops of ``gm``."""
     ctx.pass_name = name
@@ -153,7 +156,8 @@ def _run(
     log.debug(
         "%s: %d -> %d nodes in %.1f ms", name, nodes_before, len(gm.graph.nodes), seconds * 1e3
     )
-    return gm, PassReport(name, seconds, nodes_before, len(gm.graph.nodes), changed, text), after
+    report = PassReport(name, seconds, nodes_before, len(gm.graph.nodes), changed, before, text)
+    return gm, report, after
 
 
 def run_graph_passes(
@@ -161,13 +165,16 @@ def run_graph_passes(
 ) -> tuple[GraphModule, list[PassReport]]:
     """Run ``GRAPH_PASSES`` over a Dynamo graph."""
     text_of = readable if keep_text or dump.wanted else None
+    text = ""
     if text_of is not None:
-        dump.write("dynamo", readable(gm))
+        text = readable(gm)
+        dump.write("dynamo", text)
     reports = []
     ops: dict[str, int] | None = count_ops(gm)
     for module, _ in GRAPH_PASSES:
         name = module.__name__.rsplit(".", 1)[1]
-        gm, report, ops = _run(gm, ctx, name, module.run, text_of, dump, ops)
+        gm, report, ops = _run(gm, ctx, name, module.run, text_of, dump, ops, text)
+        text = report.text
         reports.append(report)
     gm.graph.lint()
     gm.recompile()
@@ -185,14 +192,15 @@ def build_schedule(
     start = time.perf_counter()
     gm = GraphModule(torch.nn.Module(), Graph())
     text_of = (lambda graph: schedule_text(graph, ctx.key)) if keep_text or dump.wanted else None
-    reports = []
+    reports, text = [], ""
     # Counts and clean-up after each pass cost more than the passes; they are for who reads them.
     ops: dict[str, int] | None = {} if text_of is not None else None
     for module, _ in PLAN_PASSES:
         name = module.__name__.rsplit(".", 1)[1]
         if name in ctx.config.disable_passes:
             continue
-        gm, report, ops = _run(gm, ctx, name, module.run, text_of, dump, ops)
+        gm, report, ops = _run(gm, ctx, name, module.run, text_of, dump, ops, text)
+        text = report.text
         reports.append(report)
     remove_unused_items(gm)
     if text_of is not None:

@@ -23,6 +23,9 @@ from harness import (
 from headinfer_compile import Explanation, HeadInferCache, explain, load_schedule
 from headinfer_compile.cli import main
 from headinfer_compile.errors import HeadInferError, OptionError
+from headinfer_compile.explanation import SiteRun, StepPlan
+from headinfer_compile.runtime.slots import SlotRing
+from headinfer_compile.site_ops import SiteOp
 
 SIZES = {"page_tokens": 16, "tail_tokens": 8}
 PASSES = ["find_attention", "recover_mask", "partition"]
@@ -61,6 +64,25 @@ def gemma(**kwargs: Any) -> Gemma3TextConfig:
     )
 
 
+def check_slots(step: StepPlan, filled: list[tuple[Any, ...]]) -> None:
+    """The transfers of a step, as explained and as run: ring slot, layer, heads and pages."""
+    shape, layers = step.shape, len(step.sites)
+
+    def facts(site: SiteRun, op: SiteOp) -> tuple[Any, ...]:
+        assert op.slot is not None and op.group is not None
+        layer = (site.layer + op.next_layer) % layers
+        return (site.base + op.slot) % shape.num_slots, layer, *shape.heads(0, op.group), op.pages
+
+    def ops(site: SiteRun, kind: str) -> list[SiteOp]:
+        return [op for op in step.schedules[site.schedule].ops if op.op == kind]
+
+    first = step.sites[0]
+    entry = step.schedules[first.schedule].schedule.entry
+    cold = [facts(first, op) for op in ops(first, "wait")[:entry]]
+    told = [facts(site, op) for site in step.sites for op in ops(site, "prefetch")]
+    assert filled == cold + told
+
+
 @pytest.mark.parametrize(
     ("budget", "options"),
     [
@@ -69,8 +91,20 @@ def gemma(**kwargs: Any) -> Gemma3TextConfig:
         pytest.param(20_000, {}, marks=pytest.mark.slow),
     ],
 )
-def test_the_plan_is_that_of_a_real_run(seed: int, budget: int, options: dict[str, Any]) -> None:
-    """Plan keys, bytes of every step and bytes of every buffer, as traced on meta and as run."""
+def test_the_plan_is_that_of_a_real_run(
+    seed: int, budget: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plan keys, bytes and slots of every step and bytes of every buffer, traced and as run."""
+    filled: dict[int, list[tuple[Any, ...]]] = {}
+    acquire = SlotRing.acquire
+
+    def note(ring: SlotRing, index: int, after: int, tag: tuple[Any, ...]) -> Any:
+        layer, low, high, pages = tag
+        rows = tuple((block, rows) for block, _, rows in pages)
+        filled.setdefault(start, []).append((index, layer, low, high, rows))
+        return acquire(ring, index, after, tag)
+
+    monkeypatch.setattr(SlotRing, "acquire", note)
     context, chunk = 175, 70
     compiled = CompiledModel(tiny_llama(seed), **options)
     ids = random_ids(seed, context + 1)
@@ -96,6 +130,7 @@ def test_the_plan_is_that_of_a_real_run(seed: int, budget: int, options: dict[st
             # The first decode step also starts transfers of the next one.
             h2d -= carried * graph.step.slot_tokens * graph.step.head_group * 2 * 8 * 4
         assert (graph.step.h2d_bytes, graph.step.d2h_bytes) == (h2d, d2h), graph.name
+        check_slots(graph.step, filled.get(graph.step.past, []))
     assert [graph.step.past for graph in explanation.graphs if graph.step] == [0, 70, 175]
     told = explanation.storage
     for name in (

@@ -161,8 +161,14 @@ def test_the_wheel_holds_every_module(wheel_files: dict[str, str]) -> None:
         for path in (ROOT / folder).glob(pattern)
     }
     assert f"{PACKAGE}/runtime/host_attention.cpp" in expected
+    data = {
+        f"{PACKAGE}/{path.name}"
+        for path in (ROOT / PACKAGE).iterdir()
+        if path.suffix in (".html", ".css", ".js", ".typed")
+    }
+    assert f"{PACKAGE}/html_page.html" in data
     shipped = {name for name in wheel_files if ".dist-info/" not in name}
-    assert shipped == expected | {f"{PACKAGE}/py.typed"}
+    assert shipped == expected | data
 
 
 def test_the_wheel_declares_the_backend_and_the_command(wheel_files: dict[str, str]) -> None:
