@@ -24,6 +24,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
+autoclass_content = "both"
 napoleon_use_rtype = False
 
 # Nothing is loaded from elsewhere: the site reads from a folder, with no network.

@@ -44,6 +44,9 @@ REASONS = {
     "takes minutes",
 }
 
+#: Languages of blocks that do something.
+RUNNABLE = ("python", "console")
+
 _FENCE = re.compile(r"^(?P<tick>```+)(?P<lang>[^\n`]*)\n(?P<code>.*?)^(?P=tick)[ ]*$", re.M | re.S)
 _MARK = re.compile(r"\*Not run by the tests: (?P<reason>[^*]+)\.\*\n*\Z")
 _LISTING = re.compile(r"<!-- listing: (?P<name>[\w-]+) -->\n*\Z")
@@ -66,6 +69,14 @@ class Block:
     def name(self) -> str:
         """Where it is, for messages."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The words of every command of a ``console`` block, comments left out; else none."""
+        if self.lang != "console":
+            return []
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [shlex.split(line[2:], comments=True) for line in lines if line.startswith("$ ")]
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -92,14 +103,6 @@ def run_python(block: Block, scope: dict[str, Any]) -> None:
     """Run a block in the namespace of its page; a traceback names page and line."""
     code = "\n" * (block.line - 1) + block.code
     exec(compile(code, str(block.page), "exec"), scope)
-
-
-def commands_of(block: Block) -> list[list[str]]:
-    """The words of every command of a ``console`` block, comments left out."""
-    joined = block.code.replace("\\\n", " ")
-    lines = [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
-    assert lines, f"{block.name}: no line starts with '$ '"
-    return [shlex.split(line, comments=True) for line in lines]
 
 
 def run_command(block: Block, words: list[str]) -> None:

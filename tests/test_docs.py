@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from docs_harness import (
     PAGES,
     REASONS,
     ROOT,
+    RUNNABLE,
     Block,
     anchors,
     blocks_of,
     check_python,
-    commands_of,
     lanes,
     relative_links,
     run_command,
@@ -38,7 +39,6 @@ from headinfer_compile.passes.lower import lower_regions
 
 #: The model that the documents use; a folder of this name stands in for the hub.
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-RUNNABLE = ("python", "console")
 
 
 def page_name(page: Path) -> str:
@@ -61,16 +61,21 @@ def reader(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def run_page(page: Path) -> None:
     """Run the blocks of a page in order, in one namespace."""
     scope: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks_of(page):
+        for words in block.commands:
+            run_command(block, words)
+        if block.lang == "python" and block.listing is None:
+            if block.reason is None:
+                run_python(block, scope)
+            else:
+                check_python(block)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dynamo() -> Iterator[None]:
+    """One clean start for all pages: they use one model, so later ones find its graphs made."""
     with clean_dynamo():
-        for block in blocks_of(page):
-            if block.lang == "console":
-                for words in commands_of(block):
-                    run_command(block, words)
-            elif block.lang == "python" and block.listing is None:
-                if block.reason is None:
-                    run_python(block, scope)
-                else:
-                    check_python(block)
+        yield
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=page_name)
@@ -88,13 +93,15 @@ def _lower_eagerly(lower: Any, *args: Any, **kwargs: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", "docs/getting_started.md"])
 def test_the_first_pages_run_with_inductor(name: str, reader: Path) -> None:
-    run_page(ROOT / name)
+    with clean_dynamo():
+        run_page(ROOT / name)
 
 
 def test_fences_have_a_known_language_and_reason() -> None:
     for block in (block for page in PAGES for block in blocks_of(page)):
         known = block.lang in ("", *RUNNABLE) or block.lang.startswith("{")
         assert known or (block.lang == "text" and block.listing), block.name
+        assert bool(block.commands) == (block.lang == "console"), block.name
         assert block.reason is None or block.reason in REASONS, block.name
         assert block.listing is None or block.listing in LISTINGS, block.name
 
@@ -148,7 +155,7 @@ def listings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         num_layers=1, num_kv_heads=2, head_dim=8, dtype=torch.float32,
         page_tokens=16, tail_tokens=8, gpu_budget=0,
     )  # fmt: skip
-    with clean_dynamo(), cache, torch.no_grad():
+    with cache, torch.no_grad():
         cache.update(torch.randn(1, 2, 32, 8), torch.randn(1, 2, 32, 8), 0)
         explain(
             Attention(),

@@ -7,9 +7,8 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,16 +24,18 @@ FAST = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def dynamo() -> Iterator[None]:
+    """One clean start for all: they use one model, so later ones find its graphs made."""
+    with clean_dynamo():
+        yield
+
+
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """Imports a program of ``examples/`` by name, as Python does when it is run."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    with clean_dynamo():
-        yield load
+    return importlib.import_module
 
 
 @pytest.fixture
@@ -122,9 +123,8 @@ def test_notebook(capsys: pytest.CaptureFixture[str]) -> None:
     scope: dict[str, Any] = {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
-    with clean_dynamo():
-        for cell in cells:
-            exec(compile("".join(cell["source"]), cell["id"], "exec"), scope)
+    for cell in cells:
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), scope)
     out = capsys.readouterr().out
     assert "mask kv <= q + past" in out
     assert re.search(r"slot 1 is filled by \w+ on h2d, after \w+", out)
