@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -53,6 +54,9 @@ WITH_CODE = [page for page in PAGES if any(block.lang in RUNNABLE for block in b
 def reader(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with a tiny model under the name of the one in the documents."""
     shutil.copytree(tiny_checkpoint, tmp_path / MODEL)
+    config = tmp_path / MODEL / "config.json"
+    fewer = {**json.loads(config.read_text(encoding="utf-8")), "num_hidden_layers": 1}
+    config.write_text(json.dumps(fewer), encoding="utf-8")
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
