@@ -59,6 +59,7 @@ def reader(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config.write_text(json.dumps(fewer), encoding="utf-8")
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path
 
 

@@ -1,17 +1,23 @@
-"""Tables of the reference that are read from the code: operators, passes, options, kernels."""
+"""What the site takes from the code: tables of operators and passes, and a report of the tool."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from headinfer_compile import explain
+from headinfer_compile.known_models import known_config
 from headinfer_compile.passes import pipeline
 from headinfer_compile.runtime import ops
+
+#: The report that ``how_it_works.md`` shows, made while the site is built.
+REPORT = "explain_example.html"
 
 
 def markdown_rows(text: str) -> tuple[list[list[str]], list[str]]:
@@ -71,6 +77,27 @@ class PassesTable(SphinxDirective):
         return self.parse_text_to_nodes(pipe_table(table))
 
 
+class Report(SphinxDirective):
+    """The page of ``explain``, in a frame, with a link to it."""
+
+    def run(self) -> list[nodes.Node]:
+        html = (
+            f'<p><a href="{REPORT}">Open the report on a page of its own</a></p>'
+            f'<iframe src="{REPORT}" title="report of explain" width="100%" height="900"></iframe>'
+        )
+        return [nodes.raw("", html, format="html")]
+
+
+def _write_report(app: Sphinx, error: Exception | None) -> None:
+    """Four layers of the shape of Llama-3-8B, on a machine with a link of 25 GB/s."""
+    if error is None and app.builder.name == "html":
+        config = known_config("llama-3-8b")
+        assert config is not None
+        config.num_hidden_layers, config.max_position_embeddings = 4, 1 << 17
+        report = explain(config, context="32K", chunk="16K", link="25GB/s", tflops=165)
+        report.save_html(Path(app.outdir) / REPORT)
+
+
 def _tables_of_docstrings(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
@@ -86,5 +113,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives."""
     app.add_directive("headinfer-ops", OpsTable)
     app.add_directive("headinfer-passes", PassesTable)
+    app.add_directive("headinfer-report", Report)
+    app.connect("build-finished", _write_report)
     app.connect("autodoc-process-docstring", _tables_of_docstrings)
     return {"parallel_read_safe": True}
