@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from headinfer_compile.activations import activation_model
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import HeadInferError, OptionError
 from headinfer_compile.executor import CompiledGraph, GraphReport
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
+from headinfer_compile.passes.graph_utils import node_value
 from headinfer_compile.passes.lower import lower_regions
 from headinfer_compile.passes.pipeline import Dump, run_graph_passes
 
@@ -181,15 +183,19 @@ def _compile(
     dump = Dump(config.debug_dir)
     split, pass_reports = run_graph_passes(gm, context, dump, keep_text)
     activations = activation_model(split, config.lowering)
-    regions = lower_regions(
-        split, example_inputs, lowering=config.lowering, inductor=config.inductor
-    )
-    sites = [
-        node.meta[META]
+    attentions = [
+        node
         for node in split.graph.nodes
         if isinstance(node.meta.get(META), AttentionSite)
         and node.target is torch.ops.headinfer.attention.default
     ]
+    regions = lower_regions(
+        split,
+        example_inputs,
+        lowering=config.lowering,
+        inductor={**_tuning(config, attentions), **config.inductor},
+    )
+    sites = [node.meta[META] for node in attentions]
     sites.sort(key=lambda site: site.index)
     report = GraphReport(tuple(sites), tuple(context.declines), tuple(pass_reports), regions)
     log.info(
@@ -208,6 +214,22 @@ def _compile(
         dump=dump,
         activations=activations,
     )
+
+
+def _tuning(config: HeadInferConfig, attentions: Sequence[Node]) -> dict[str, Any]:
+    """Inductor's patches for a graph that will be replayed as a CUDA graph.
+
+    Its products are of one row, bound by reading the weights; cuBLAS reads them at two thirds of
+    the memory's rate for the smaller ones, a reduction that Inductor tunes at most of it. Tuning
+    takes a minute, once: its choices are kept on disk.
+    """
+    queries = [node_value(node.args[1]) for node in attentions if isinstance(node.args[1], Node)]
+    if not config.cuda_graphs or not queries:
+        return {}
+    one_token = all(
+        q.is_cuda and all(statically_known_true(q.shape[i] == 1) for i in (0, 2)) for q in queries
+    )
+    return {"coordinate_descent_tuning": True} if one_token else {}
 
 
 # Before the first call is traced: Dynamo reads these settings when it builds the first guards.
