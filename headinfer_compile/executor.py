@@ -84,6 +84,7 @@ class CompiledGraph:
                 site.mask,
                 site.soft_cap,
                 site.sinks,
+                site.expand,
             )
             if spec not in self.specs:
                 self.specs.append(spec)

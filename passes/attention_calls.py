@@ -15,7 +15,8 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from headinfer_compile.passes.cached_kv import CachedKV, UnsupportedError, cached_kv, static_int
+from headinfer_compile.passes.cached_kv import CachedKV, UnsupportedError, static_int
+from headinfer_compile.passes.token_function import read_kv
 
 _SDPA = (
     torch._C._nn.scaled_dot_product_attention,
@@ -80,7 +81,7 @@ def read_sdpa(node: Node) -> Attention:
     return Attention(
         node,
         query,
-        cached_kv(named["key"], named["value"]),
+        read_kv(named["key"], named["value"]),
         mask,
         is_causal=bool(named.get("is_causal", False)),
         scale=named.get("scale"),
@@ -113,7 +114,7 @@ def read_flash(node: Node) -> Attention:
     return Attention(
         node,
         query,
-        cached_kv(named["k"], named["v"], heads_dim=2),
+        read_kv(named["k"], named["v"], heads_dim=2),
         # The package aligns the causal mask bottom right: over the cache that is kv <= q + past.
         is_causal=causal or right == 0,
         bottom_right=True,

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from headinfer_compile.passes.graph_utils import node_value, operation, same_shape
+from headinfer_compile.runtime.expand import TokenFunction
 
 _SAME_VALUES = ("contiguous", "clone")
 
@@ -29,6 +30,10 @@ class CachedKV:
 
     update: Node
     nodes: set[Node] = field(default_factory=set)
+    expand: TokenFunction | None = None
+    """What makes K and V of the cached rows; None where these are K and V."""
+    inputs: list[Node] = field(default_factory=list)
+    """What ``expand`` reads besides."""
 
 
 def is_update(node: object) -> bool:
@@ -51,15 +56,13 @@ def static_int(value: Any, what: str) -> int:
     return value
 
 
-def cached_kv(key: object, value: object, heads_dim: int = 1) -> CachedKV:
-    """Read K and V of an attention, ``[B, H, S, D]`` or, with ``heads_dim=2``, ``[B, S, H, D]``.
+def cached_kv(key: object, value: object) -> CachedKV:
+    """Read K and V of an attention, ``[B, H, S, D]``, that are K and V of one cache update.
 
     Raises:
-        UnsupportedError: They are not K and V of one cache update.
+        UnsupportedError: They are not.
     """
     nodes: set[Node] = set()
-    if heads_dim == 2:
-        key, value = _through_transpose(key, nodes), _through_transpose(value, nodes)
     update = _source(key, 0, nodes)
     if _source(value, 1, nodes) is not update:
         raise UnsupportedError("K and V come from different cache updates")
@@ -137,8 +140,12 @@ def _through_repeat(node: Node, nodes: set[Node]) -> Node | None:
     return source
 
 
-def _through_transpose(node: object, nodes: set[Node]) -> object:
-    """The ``[B, H, S, D]`` tensor behind ``x.transpose(1, 2)``."""
+def through_transpose(node: object, nodes: set[Node]) -> object:
+    """The ``[B, H, S, D]`` tensor behind ``x.transpose(1, 2)``; the way there goes to ``nodes``.
+
+    Raises:
+        UnsupportedError: ``node`` is no such view.
+    """
     while isinstance(node, Node) and operation(node) in _SAME_VALUES:
         nodes.add(node)
         node = node.args[0]

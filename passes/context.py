@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import DeclinedError
+from headinfer_compile.runtime.expand import TokenFunction
 from headinfer_compile.runtime.masks import MaskForm
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class AttentionSite:
     """Scores s are ``soft_cap * tanh(s / soft_cap)``."""
     sinks: int | None = None
     """Place among the site's inputs of ``Hq`` scores, each of a key whose value is zero."""
+    expand: TokenFunction | None = None
+    """What makes K and V of the cached rows, of which ``num_kv_heads`` is the number of heads."""
     window: int | None = None
     """``kv > q + past - window`` besides the mask, as an argument of the call; part of ``mask``
     once ``recover_mask`` has run."""

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from headinfer_compile.passes.attention_calls import Attention
-from headinfer_compile.passes.cached_kv import UnsupportedError, cached_kv
+from headinfer_compile.passes.cached_kv import UnsupportedError
 from headinfer_compile.passes.graph_utils import node_value, operation, same_shape
+from headinfer_compile.passes.token_function import read_kv
 
 _PRODUCTS = ("matmul", "bmm", "__matmul__")
 _CASTS = ("to", "float", "type", "type_as", "half", "bfloat16", "contiguous", "clone")
@@ -47,7 +48,7 @@ def read_eager(node: Node) -> Attention | None:
         return None
     walk.through_logits()
     query, key = walk.product()
-    kv = cached_kv(key, value)
+    kv = read_kv(key, value)
     return Attention(
         node,
         query,

@@ -49,7 +49,7 @@ def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
     gm.graph.eliminate_dead_code(has_effect)
     for node in list(gm.graph.nodes):
         read = reader(node) or (read_eager if is_product(node) else None)
-        if read is None or not any(reads_update(arg) for arg in node.args[1:3]):
+        if read is None or not any(map(reads_update, node.all_input_nodes)):
             continue
         try:
             found = read(node)
@@ -73,7 +73,9 @@ def _rewrite(gm: GraphModule, ctx: PassContext, found: Attention) -> None:
         if found.transposed:
             query = _transpose(query)
         options: tuple[Argument, ...] = (layer, past, site.scale, found.is_causal)
-        inputs = [] if found.sinks is None else [found.sinks]
+        if site.expand is not None:
+            options = (*options, site.v_head_dim)
+        inputs = [*found.kv.inputs, *([] if found.sinks is None else [found.sinks])]
         attention = graph.call_function(
             torch.ops.headinfer.attention.default,
             (handle, query, k, v, found.mask, inputs, *options),
@@ -92,11 +94,14 @@ def _rewrite(gm: GraphModule, ctx: PassContext, found: Attention) -> None:
 def _site(
     ctx: PassContext, found: Attention, k: torch.Tensor, v: torch.Tensor, layer: int
 ) -> AttentionSite:
-    query = node_value(found.query)
+    query, out = node_value(found.query), node_value(found.outputs[0])
     heads = static_int(query.shape[2 if found.transposed else 1], "the number of query heads")
     kv_heads = static_int(k.shape[1], "the number of KV heads")
     head_dim = static_int(query.shape[3], "head_dim")
-    if heads % kv_heads or k.shape[3] != head_dim:
+    expand = found.kv.expand
+    if heads % (kv_heads if expand is None else expand.num_heads) or (
+        expand is None and k.shape[3] != head_dim
+    ):
         raise UnsupportedError(
             f"{heads} query heads of {head_dim} do not group over {kv_heads} KV heads"
         )
@@ -115,14 +120,15 @@ def _site(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        v_head_dim=static_int(v.shape[3], "head_dim of V"),
+        v_head_dim=static_int((v if expand is None else out).shape[3], "head_dim of V"),
         scale=float(scale),
         is_causal=found.is_causal,
         mask=None,
         source=source_line(found.node),
         bottom_right=found.bottom_right,
         soft_cap=found.soft_cap,
-        sinks=None if sinks is None else 0,
+        sinks=None if sinks is None else len(found.kv.inputs),
+        expand=expand,
         window=found.window,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from headinfer_compile.runtime.attention import AttentionRequest, Kernel, select
+from headinfer_compile.runtime.expand import attend_expanded, rows_within
 from headinfer_compile.runtime.masks import block_mask
 from headinfer_compile.runtime.merge import fold_sinks, merge_
 from headinfer_compile.runtime.session import Session
@@ -123,8 +124,25 @@ def _attend(
         mask = mask[:, q_heads]
     rows = keys[1] - keys[0]
     fixed = step.regular and span != TAIL and step.is_common_length(rows)
-    kernel = _kernel(session, spec, q, k, causal, mask is not None, fixed)
-    return kernel.run(q, k, v, scale=spec.scale, causal=causal, mask=mask, soft_cap=spec.soft_cap)
+
+    def run(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kernel = _kernel(session, spec, q, k, causal, mask is not None, fixed)
+        return kernel.run(
+            q, k, v, scale=spec.scale, causal=causal, mask=mask, soft_cap=spec.soft_cap
+        )
+
+    if spec.expand is None:
+        return run(q, k, v, causal, mask)
+    piece = rows_within(
+        int(session.config.workspace_bytes) // 2,
+        spec.expand,
+        q.shape[0],
+        spec.head_dim + spec.v_head_dim,
+        k.dtype.itemsize,
+    )
+    return attend_expanded(run, spec.expand, masks, q, k, v, causal=causal, mask=mask, rows=piece)
 
 
 def attend(

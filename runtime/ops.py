@@ -75,7 +75,7 @@ OPS: dict[str, _Op] = {
     ),
     "attention": (
         "(Tensor handle, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor[] mask_inputs, "
-        "int layer, SymInt past_len, float scale, bool is_causal) -> Tensor",
+        "int layer, SymInt past_len, float scale, bool is_causal, int? v_head_dim=None) -> Tensor",
         "compute",
         _attention,
     ),
@@ -157,10 +157,11 @@ def _fake_update_kv(
 
 
 def _fake_attention(
-    handle: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+    handle: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
 ) -> torch.Tensor:
+    v_head_dim = options[6] if len(options) > 6 and options[6] is not None else v.shape[3]
     # The memory order of the flash kernels, so that the model's transpose back costs nothing.
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_head_dim).transpose(1, 2)
 
 
 def _fake_token(*_: Any) -> int:

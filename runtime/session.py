@@ -320,7 +320,8 @@ class Session(Store):
         form = spec.mask
         all_heads = self.layout("decode").head_group == spec.num_kv_heads
         plain = form.window is None and form.expr is None
-        return plain and all_heads and spec.soft_cap is None and spec.sinks is None
+        plain = plain and spec.soft_cap is None and spec.sinks is None and spec.expand is None
+        return plain and all_heads
 
     def sync_paged(self, mask: torch.Tensor | None) -> PagedTables:
         """Fill the tables for the step; ``mask`` is the ``[B, kv]`` padding mask, if any."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headinfer_compile.runtime.expand import TokenFunction
 from headinfer_compile.runtime.masks import MaskForm
 
 
@@ -60,6 +61,9 @@ class SiteSpec:
     sinks: int | None = None
     """Place among the site's inputs (``masks`` of a schedule) of a tensor of ``Hq`` elements: for
     each head the score of one more key, which every query sees and whose value is zero."""
+    expand: TokenFunction | None = None
+    """What makes K and V of the cached rows, of which ``num_kv_heads`` is the number of heads;
+    ``head_dim`` and ``v_head_dim`` are those after it."""
 
     @property
     def queries_per_kv(self) -> int:

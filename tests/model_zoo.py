@@ -23,6 +23,12 @@ _COMMON = {**_TOKENS, "initializer_range": 0.25, "max_position_embeddings": 2048
 _BASE = {**_COMMON, **_HIDDEN, **_HEADS}
 _GQA = {**_BASE, "num_key_value_heads": 3, "head_dim": 8}
 _LOCAL, _FULL = "sliding_attention", "full_attention"
+_MLA = {
+    **_BASE, "num_key_value_heads": 6, "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "moe_intermediate_size": 16,
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,8 @@ FAMILIES = (
         {**_BASE, "num_key_value_heads": 3, "use_qk_norm": True},
     ),
     Family("GLM-4", "Glm4Config", "Glm4ForCausalLM", _GQA),
+    Family("DeepSeek-V2", "DeepseekV2Config", "DeepseekV2ForCausalLM", _MLA),
+    Family("DeepSeek-V3", "DeepseekV3Config", "DeepseekV3ForCausalLM", _MLA, default=True),
     Family(
         "Llama 4 (text)", "Llama4TextConfig", "Llama4ForCausalLM",
         {
