@@ -11,6 +11,7 @@ from transformers import Cache, PretrainedConfig
 
 from headinfer_compile.config import parse_bytes
 from headinfer_compile.errors import CacheError, ClosedError, OptionError
+from headinfer_compile.linear_states import LinearStates, linear_layers
 from headinfer_compile.passes.schedule import Schedule
 from headinfer_compile.runtime.ops import session_of
 from headinfer_compile.runtime.session import Session
@@ -85,6 +86,7 @@ class HeadInferCache(Cache):
             device,
         )
         self._token_bytes = _token_bytes(text, len(with_kv))
+        self._hold_states(linear_layers(text, kinds))
         self.session.max_positions = getattr(text, "max_position_embeddings", None)
 
     @classmethod
@@ -118,7 +120,7 @@ class HeadInferCache(Cache):
         page_tokens: int | str, tail_tokens: int | str, strict: bool,
         device: torch.device | str | None,
     ) -> None:  # fmt: skip
-        self.layers: list[Any] = []
+        self._hold_states([])
         self.layer_class_to_replicate = None
         self.offloading = False
         options = SessionOptions(
@@ -136,6 +138,13 @@ class HeadInferCache(Cache):
         with torch.inference_mode(False):
             self.handle = torch.zeros((), dtype=torch.int64)
         self.handle.session = Session(num_layers, last_layer, options)  # type: ignore[attr-defined]
+
+    def _hold_states(self, layers: list[Any]) -> None:
+        """Hold the states of linear-attention layers; ``layers`` has None for all other layers."""
+        self.layers: list[Any] = layers
+        self.linear = LinearStates(layers, self.get_seq_length)
+        if layers:
+            self.session.around_call = self.linear.around_call
 
     # -- what models and generate ask ---------------------------------------------------------
 
@@ -230,8 +239,8 @@ class HeadInferCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Every cached token can be dropped again."""
-        return True
+        """Whether cached tokens can be dropped again: not from the states of linear layers."""
+        return self.linear.can_roll_back
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -240,8 +249,9 @@ class HeadInferCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """All False."""
-        return [False] * self.num_layers
+        """Which layers keep a state of linear attention and no KV."""
+        held = [*self.layers, *[None] * self.num_layers][: self.num_layers]
+        return [layer is not None and not hasattr(layer, "keys") for layer in held]
 
     @property
     def is_dummy(self) -> list[bool]:
@@ -288,6 +298,7 @@ class HeadInferCache(Cache):
                 "of tokens to drop, at most as many as are held"
             )
         length = self.length - count
+        self.linear.crop(count)
         # The session may be ahead: a call that is cut short can end before it is counted here.
         self.session.crop(self.session.length - length)
         self.length = length
@@ -296,6 +307,7 @@ class HeadInferCache(Cache):
         """Drop all tokens and start the counters anew; buffers are kept for the next prompt."""
         self.session.reset()
         self.length = 0
+        self.linear.reset()
 
     def close(self) -> None:
         """Wait for the copies in flight and give all memory back; the cache is of no use after."""
@@ -359,7 +371,8 @@ class HeadInferCache(Cache):
         self.reorder_cache(indices)
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: every token is kept until it is cropped."""
+        """Keep what ``crop`` needs: of KV every token is kept anyway."""
+        self.linear.record_past()
 
     def stats(self) -> CacheStats:
         """Where the bytes are and what has moved since the cache was made or reset."""

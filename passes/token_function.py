@@ -154,13 +154,13 @@ class _Reading:
 
         for number, node in enumerate(self.order):
             if node.target is operator.getitem and node.args[0] is self.update:
-                copies[node] = (k, v)[node.args[1]]  # type: ignore[index]
+                copies[node] = (k, v)[node.args[1]]
                 continue
             args = self._with_rows(node, rows)
             args = torch.fx.map_arg(args, copied)
             kwargs = torch.fx.map_arg(node.kwargs, copied)
             name = f"step_{number}"
-            copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=name)  # type: ignore[arg-type]
+            copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=name)
         graph.output((copies[key], copies[value]))
         graph.lint()
         module = GraphModule(torch.nn.Module(), graph)
@@ -283,14 +283,14 @@ def _view(reading: _Reading, node: Node) -> int:
 
 def _transpose(reading: _Reading, node: Node) -> int:
     source, dim = reading.only_source(node)
-    rank = node_value(source).dim()
+    rank: int = node_value(source).dim()
     first, second = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
     return {first: second, second: first}.get(dim, dim)
 
 
 def _permute(reading: _Reading, node: Node) -> int:
     source, dim = reading.only_source(node)
-    rank = node_value(source).dim()
+    rank: int = node_value(source).dim()
     given: Any = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
     return [int(d) % rank for d in given].index(dim)
 
@@ -357,7 +357,7 @@ def _new(reading: _Reading, node: Node) -> int:
 
 _RULES: dict[str, Callable[[_Reading, Node], int]] = {
     "linear": _linear,
-    **dict.fromkeys(_VIEWS, _view),
+    **dict.fromkeys((*_VIEWS, "squeeze", "unsqueeze", "flatten"), _view),
     **dict.fromkeys(("transpose", "swapaxes"), _transpose),
     "permute": _permute,
     **dict.fromkeys(("split", "chunk", "unsafe_split"), _split),

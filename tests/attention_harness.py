@@ -76,8 +76,10 @@ def called(gm: GraphModule, op: torch._ops.OpOverload) -> list[Node]:
     return [node for node in gm.graph.nodes if calls(node, op)]
 
 
-def found(program: Program, strict: bool = False) -> tuple[GraphModule, PassContext]:
-    """The graph of a first call after the pass."""
+def found(
+    program: Program, strict: bool = False, make: Callable[[], tuple[Any, Any]] | None = None
+) -> tuple[GraphModule, PassContext]:
+    """The graph of a first call after the pass; ``make`` gives another cache and q, k, v."""
     results: list[tuple[GraphModule, PassContext]] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Any:
@@ -88,8 +90,9 @@ def found(program: Program, strict: bool = False) -> tuple[GraphModule, PassCont
         gm.graph.lint()
         raise DeclinedError("captured")
 
+    cache, qkv = make() if make is not None else (offloaded(), inputs(0, 7))
     with pytest.raises(BackendCompilerFailed):
-        torch.compile(program, backend=backend, fullgraph=True)(offloaded(), *inputs(0, 7))
+        torch.compile(program, backend=backend, fullgraph=True)(cache, *qkv)
     return results[0]
 
 

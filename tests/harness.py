@@ -169,7 +169,10 @@ class CompiledModel:
         raise AssertionError(f"20 prompts of seed {seed} with ties: the model is degenerate")
 
     def resident_cache(self) -> DynamicCache:
-        """What the oracle runs on: every token of every layer on the device."""
+        """What the oracle runs on: every token of every attention layer on the device."""
+        config = self.resident.config.get_text_config(decoder=True)
+        if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+            return DynamicCache(config=config)
         return DynamicCache()
 
     @property

@@ -180,6 +180,16 @@ FAMILIES = (
         },
     ),
     Family(
+        "Qwen3-Next", "Qwen3NextConfig", "Qwen3NextForCausalLM",
+        {
+            **_GQA, "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", _FULL, "linear_attention"],
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        },
+    ),
+    Family(
         "Qwen2.5-VL (text)", "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration",
         {
             "text_config": {
