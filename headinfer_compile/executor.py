@@ -7,6 +7,7 @@ is in the schedule and nowhere else.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -130,8 +131,9 @@ class CompiledGraph:
                 else:
                     result = self.forward(*args)
             session.commit()
-        except BaseException:
+        except BaseException as error:
             session.cancel_call()
+            _say_what_to_do(error, session)
             raise
         finally:
             session.leave_call()
@@ -279,6 +281,15 @@ class CompiledGraph:
                 self.prologues[cold] = build_prologue(PlanContext(cold, self.config))
             prologue = self.prologues[cold]
         return _Plan(schedule, prologue)
+
+
+def _say_what_to_do(error: BaseException, session: Session) -> None:
+    """Add to the error of a refused device allocation, which stays the one it is."""
+    if isinstance(error, torch.OutOfMemoryError) and sys.version_info >= (3, 11):
+        error.add_note(
+            f"the HeadInferCache holds {session.length} tokens, as before this call. To need less "
+            "of the GPU, lower gpu_budget, prefill_chunk_size or workspace_bytes, and call again"
+        )
 
 
 class _SiteCall(torch.nn.Module):

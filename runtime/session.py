@@ -67,7 +67,7 @@ class Session(Store):
         """
         super().__init__(num_layers, options)
         self.last_layer = last_layer
-        self._held = (0, 0)
+        self._held = self._held_before = (0, 0)
         self.step: Step | None = None
         self.counters = Counters()
         self.specs: list[SiteSpec] = []
@@ -189,8 +189,11 @@ class Session(Store):
                 "and call again"
             )
         self._unsettled = True
-        # The last call was cut short after its commit, before the cache counted its tokens.
-        self.crop(self.length - past)
+        if past < self.length:
+            # The last call was cut short after its commit, before the cache counted its tokens. Its
+            # predecessor's rows of the tail are still there.
+            held = self._held_before
+            self._return_to(*(held if held[0] == past else (past, 0)))
         self._warn_beyond_positions(past, new)
         self.streams.begin_step()
         stored, tail_rows, room = past - self.tail_rows, self.tail_rows, self.tail.tokens
@@ -222,6 +225,7 @@ class Session(Store):
         step = self.step
         assert step is not None
         length = step.past + step.new
+        self._held_before = self._held
         self.hold(length, length - step.stored_after)
         self.step, self._unsettled = None, False
         # A prefill chunk is mostly followed by another; after that only the tail is written back.
@@ -369,17 +373,20 @@ class Session(Store):
 
     def crop(self, count: int) -> None:
         """Drop the newest ``count`` tokens."""
-        if self.geometry is None or count == 0:
-            return
-        stored, length = self.length - self.tail_rows, self.length - count
-        if length < stored:
+        if self.geometry is not None and count != 0:
+            stored, length = self.length - self.tail_rows, self.length - count
+            self._return_to(length, max(0, length - stored))
+
+    def _return_to(self, length: int, tail_rows: int) -> None:
+        stored = length - tail_rows
+        if stored < self.length - self.tail_rows:
             # Before the rows are given up: what was transferred must not pass for what comes.
             self.drain()
             for block in self.table.blocks:
-                if block.start + block.tokens > length:
+                if block.start + block.tokens > stored:
                     block.version += 1
         self._known_columns = min(self._known_columns, length)
-        self.hold(length, max(0, length - stored))
+        self.hold(length, tail_rows)
 
     def reset(self) -> None:
         """Hold no tokens; buffers stay."""

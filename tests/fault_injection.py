@@ -1,0 +1,135 @@
+"""Raises at any op, allocation, kernel choice or line of a step, and keeps the books.
+
+``Ops`` sees every operator of a compiled call, ours and those that they call. ``Lines`` sees every
+line of the package that runs, clean-up after an error among them: an interrupt of the user comes
+between any two. Both count first and raise at one number later.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import headinfer_compile
+from headinfer_compile import HeadInferCache
+from headinfer_compile.runtime.ops import NAMESPACE
+from headinfer_compile.runtime.pages import TokenBlock
+from headinfer_compile.runtime.session import Session
+from headinfer_compile.runtime.slab import HostSlab
+from headinfer_compile.runtime.slots import SlotRing
+
+_ROOT = Path(headinfer_compile.__file__).resolve().parent.parent
+_FOLDERS = tuple(str(_ROOT / name) for name in ("headinfer_compile", "runtime"))
+
+Failure = Callable[[], BaseException]
+
+
+class Ops(TorchDispatchMode):
+    """Raises at operator ``at`` of the calls of a cache (None: only notes their names)."""
+
+    def __init__(self, cache: HeadInferCache, at: int | None, failure: Failure) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+        self.raised: BaseException | None = None
+        self._at, self._failure = at, failure
+        cache.session.around_call = self._around
+
+    @contextmanager
+    def _around(self) -> Iterator[None]:
+        with self:
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if len(self.names) == self._at:
+            self.raised = self._failure()
+        self.names.append(func.name())
+        if self.raised is not None:
+            raise self.raised
+        if func.namespace == NAMESPACE:
+            # The implementation is called here, so that what it calls is seen too.
+            key = torch._C.DispatchKey.CompositeExplicitAutograd
+            with self:
+                return func._op_dk(key, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class Lines:
+    """Raises ``KeyboardInterrupt`` at line or return ``at`` of the package (None: only counts)."""
+
+    def __init__(self, at: int | None) -> None:
+        self.count = 0
+        self.place = ""
+        self._at = at
+
+    def __enter__(self) -> Lines:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(_FOLDERS):
+            return None
+        if event in ("line", "return"):
+            self.count += 1
+            if self.count - 1 == self._at:
+                self.place = f"{frame.f_code.co_filename}:{frame.f_lineno} ({event})"
+                raise KeyboardInterrupt(self.place)
+        return self._trace
+
+
+@dataclass(frozen=True)
+class Books:
+    """What a cache holds, by its own account."""
+
+    tokens: int
+    tail_rows: int
+    blocks: int
+    host_bytes: int
+    fixed_bytes: int
+    registrations: int
+    slots_in_use: int
+    threads: int
+
+
+def books_of(cache: HeadInferCache) -> Books:
+    """The books of a cache between two calls, which must agree with each other."""
+    session, stats = cache.session, cache.stats()
+    assert session.step is None and not session.managed
+    assert cache.length == stats.tokens == session.length
+    slots = session.slots.slots if session.slots is not None else []
+    in_use = sum(not slot.released for slot in slots)
+    assert in_use == len(session.in_flight)
+    for index, token in enumerate(session.ring):
+        slot = slots[(session.base + index) % len(slots)] if slots else None
+        assert slot is None or slot.transfer == token
+    blocks = session.table.blocks if session.geometry is not None else []
+    return Books(
+        tokens=stats.tokens,
+        tail_rows=session.tail_rows,
+        blocks=len(blocks),
+        host_bytes=stats.host_bytes,
+        fixed_bytes=stats.fixed_bytes,
+        registrations=sum(block.slab.registrations for block in blocks if block.slab),
+        slots_in_use=in_use,
+        threads=threading.active_count(),
+    )
+
+
+def live_objects() -> Counter[str]:
+    """Objects of the runtime that are alive."""
+    gc.collect()
+    kinds = (Session, HostSlab, SlotRing, TokenBlock)
+    return Counter(type(item).__name__ for item in gc.get_objects() if type(item) in kinds)

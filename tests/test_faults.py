@@ -1,0 +1,335 @@
+"""An error anywhere in a step: it reaches the caller, the cache goes on, and nothing is lost."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from fault_injection import Books, Lines, Ops, books_of, live_objects
+from harness import CompiledModel, clean_dynamo, random_ids, tiny_llama
+from headinfer_compile import HeadInferCache
+from headinfer_compile.errors import DoesNotFitError
+from headinfer_compile.runtime.attention import select
+
+PAGE, TAIL = 16, 4
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[CompiledModel]:
+    """One compiled model for all tests of this file."""
+    threads = torch.get_num_threads()
+    # Threads only wait for each other on tensors this small.
+    torch.set_num_threads(1)
+    with clean_dynamo():
+        yield CompiledModel(tiny_llama(0, heads=4, kv_heads=2))
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A step that is made to fail, after the calls before it."""
+
+    before: tuple[int, ...]
+    new: int
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, model: CompiledModel) -> HeadInferCache:
+        """A cache after the calls before."""
+        model.use(num_slots=2)
+        cache = model.cache(page_tokens=PAGE, tail_tokens=TAIL, **self.sizes)
+        at = 0
+        for count in self.before:
+            call(model, cache, at, count)
+            at += count
+        return cache
+
+    def step(self, model: CompiledModel, cache: HeadInferCache) -> Tensor:
+        """The logits of the step."""
+        return call(model, cache, sum(self.before), self.new)
+
+
+#: Each kind of step that the runtime tells apart.
+STEPS = {
+    "first chunk": StepCase((), 40),
+    "next chunk": StepCase((40,), 40),
+    "decode": StepCase((40, 1, 1), 1),
+    "flush": StepCase((40, 1, 1, 1), 1),
+    "turn after a tail": StepCase((40, 1, 1), 9, {"gpu_budget": 10_000}),
+}
+AFTER = (1, 7, 1)
+
+
+def call(model: CompiledModel, cache: HeadInferCache, at: int, count: int) -> Tensor:
+    ids = random_ids(0, 256)[:, at : at + count]
+    with torch.no_grad():
+        logits: Tensor = model.model(ids, past_key_values=cache, use_cache=True).logits
+    return logits
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a step gives without an error: logits, those of the calls after it, the books."""
+
+    logits: tuple[Tensor, ...]
+    before: Books
+    after: Books
+
+
+def finish(model: CompiledModel, case: StepCase, cache: HeadInferCache) -> tuple[Tensor, ...]:
+    """The step and some calls after it."""
+    logits, at = [case.step(model, cache)], sum(case.before) + case.new
+    for count in AFTER:
+        logits.append(call(model, cache, at, count))
+        at += count
+    return tuple(logits)
+
+
+def reference(model: CompiledModel, case: StepCase) -> Wanted:
+    with case.start(model) as cache:
+        before = books_of(cache)
+        logits = finish(model, case, cache)
+        return Wanted(logits, before, books_of(cache))
+
+
+def check_goes_on(
+    model: CompiledModel, case: StepCase, cache: HeadInferCache, wanted: Wanted, where: str
+) -> None:
+    """The cache is at its last length, and the same call gives the same logits, bit for bit."""
+    assert cache.get_seq_length() == wanted.before.tokens, where
+    found = finish(model, case, cache)
+    assert all(map(torch.equal, found, wanted.logits)), where
+    assert books_of(cache) == wanted.after, where
+
+
+def failures() -> list[BaseException]:
+    return [
+        RuntimeError("the op failed"),
+        KeyboardInterrupt(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ]
+
+
+def fail_at(
+    model: CompiledModel, case: StepCase, wanted: Wanted, at: int, failure: BaseException
+) -> None:
+    with case.start(model) as cache:
+        ops = Ops(cache, at, lambda: failure)
+        with pytest.raises((type(failure), DoesNotFitError)) as found:
+            case.step(model, cache)
+        where = f"{failure!r} at op {at}, {ops.names[-1]}"
+        # The error itself, or one that says what to do and comes from it.
+        causes = [found.value, found.value.__cause__]
+        assert failure in causes, where
+        if found.value is not failure:
+            assert isinstance(found.value, DoesNotFitError), where
+            assert "lower" in str(found.value), where
+        Ops(cache, None, lambda: failure)
+        check_goes_on(model, case, cache, wanted, where)
+
+
+def op_names(model: CompiledModel, case: StepCase) -> list[str]:
+    with case.start(model) as cache:
+        ops = Ops(cache, None, KeyboardInterrupt)
+        case.step(model, cache)
+        return ops.names
+
+
+def test_a_refused_allocation_says_what_to_do(model: CompiledModel) -> None:
+    """One of the model's own, in mid-step: the error itself, with a note where Python has them."""
+    case = STEPS["decode"]
+    with case.start(model) as cache:
+        failure = torch.OutOfMemoryError("CUDA out of memory")
+        Ops(cache, 40, lambda: failure)
+        with pytest.raises(torch.OutOfMemoryError) as found:
+            case.step(model, cache)
+        assert found.value is failure
+        notes = getattr(failure, "__notes__", [])
+        if sys.version_info >= (3, 11):
+            assert len(notes) == 1
+            assert "holds 42 tokens, as before this call" in notes[0]
+            assert "lower gpu_budget, prefill_chunk_size or workspace_bytes" in notes[0]
+
+
+def check_ops(model: CompiledModel, case: StepCase, numbers: Sequence[int]) -> None:
+    wanted, process = reference(model, case), psutil.Process()
+    live, threads, rss = live_objects(), threading.active_count(), process.memory_info().rss
+    for index, at in enumerate(numbers):
+        fail_at(model, case, wanted, at, failures()[index % 4])
+    assert live_objects() == live
+    assert threading.active_count() == threads
+    assert process.memory_info().rss - rss < 32 << 20
+
+
+@pytest.mark.parametrize("name", ["first chunk", "flush", "turn after a tail"])
+def test_an_error_at_an_op_of_ours_or_an_allocation(name: str, model: CompiledModel) -> None:
+    """One layer's ops and all allocations; the other layer's ops are the same again."""
+    names = op_names(model, STEPS[name])
+    ours = [at for at, op in enumerate(names) if op.startswith("headinfer::")]
+    made = [at for at, op in enumerate(names) if op.startswith("aten::empty")]
+    assert len(ours) >= 10
+    print(f"{len(ours)} ops of ours and {len(made)} allocations among {len(names)} ops")
+    check_ops(model, STEPS[name], sorted({*ours[len(ours) // 2 :], *made}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", range(4))
+@pytest.mark.parametrize("name", STEPS)
+def test_every_error_at_every_op(name: str, shift: int, model: CompiledModel) -> None:
+    names = op_names(model, STEPS[name])
+    numbers = range(len(names))
+    # Four errors in turn, each op meets each over the four shifts.
+    check_ops(model, STEPS[name], [*numbers[-shift:], *numbers[: len(names) - shift]])
+
+
+def interrupt_at(model: CompiledModel, case: StepCase, wanted: Wanted, at: int) -> bool:
+    """Interrupt at a line; False where there is no such line."""
+    with case.start(model) as cache:
+        lines = Lines(at)
+        try:
+            with lines:
+                case.step(model, cache)
+        except KeyboardInterrupt:
+            pass
+        else:
+            # An interrupt in a callback of the interpreter is lost.
+            return bool(lines.place)
+        check_goes_on(model, case, cache, wanted, lines.place)
+    return True
+
+
+def line_count(model: CompiledModel, case: StepCase) -> int:
+    with case.start(model) as cache, Lines(None) as lines:
+        case.step(model, cache)
+    return lines.count
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_an_interrupt_at_any_line(name: str, model: CompiledModel, seed: int) -> None:
+    case = STEPS[name]
+    wanted, count = reference(model, case), line_count(model, case)
+    # The last lines are those of the commit.
+    chosen = {*random.Random(seed).sample(range(count), 8), *range(count - 12, count)}
+    for at in sorted(chosen):
+        assert interrupt_at(model, case, wanted, at), f"line {at} of {count}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", STEPS)
+def test_an_interrupt_at_every_line(name: str, model: CompiledModel) -> None:
+    case = STEPS[name]
+    wanted, count = reference(model, case), line_count(model, case)
+    for at in range(count):
+        assert interrupt_at(model, case, wanted, at), f"line {at} of {count}"
+
+
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupt_in_the_clean_up_after_another(
+    model: CompiledModel, stride: int, seed: int
+) -> None:
+    """The second one comes at each line of the clean-up after the first."""
+    case = STEPS["decode"]
+    wanted = reference(model, case)
+    for at in range(seed % stride, 200, stride):
+        with case.start(model) as cache:
+            Ops(cache, 30, lambda: RuntimeError("the op failed"))
+            lines = _CleanUp(at)
+            with pytest.raises((KeyboardInterrupt, RuntimeError)), lines:
+                case.step(model, cache)
+            if not lines.place:
+                assert at > 15
+                return
+            Ops(cache, None, KeyboardInterrupt)
+            check_goes_on(model, case, cache, wanted, lines.place)
+
+
+class _CleanUp(Lines):
+    """Counts from the first line of ``cancel_call`` on."""
+
+    _on = False
+
+    def _trace(self, frame: Any, event: str, arg: Any) -> Any:
+        self._on = self._on or frame.f_code.co_name == "cancel_call"
+        return super()._trace(frame, event, arg) if self._on else self._trace
+
+
+class _NoKernel(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_an_error_at_every_kernel_choice(
+    name: str, model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = STEPS[name]
+    wanted, at = reference(model, case), 0
+    while True:
+        with case.start(model) as cache:
+            # Ask for every kernel anew.
+            cache.session.kernels.clear()
+            seen: list[Any] = []
+
+            def choose(request: Any, seen: list[Any] = seen, at: int = at) -> Any:
+                seen.append(request)
+                if len(seen) > at:
+                    raise _NoKernel
+                return select(request)
+
+            monkeypatch.setattr("headinfer_compile.runtime.block_ops.select", choose)
+            try:
+                case.step(model, cache)
+                break
+            except _NoKernel:
+                pass
+            finally:
+                monkeypatch.undo()
+            check_goes_on(model, case, cache, wanted, f"choice {at}")
+        at += 1
+    assert at > 0
+
+
+@pytest.mark.parametrize("rounds", [6])
+def test_slabs_that_the_host_refuses(model: CompiledModel, rounds: int) -> None:
+    """torch's CPU allocator is asked for more than there is; budget says there would be."""
+    model.use(num_slots=2)
+    with model.cache(page_tokens=2**40, tail_tokens=TAIL, host_budget=2**62) as cache:
+        for _ in range(rounds):
+            with pytest.raises(DoesNotFitError, match=r"the host has no room for .*: lower host"):
+                call(model, cache, 0, 40)
+            assert cache.get_seq_length() == cache.stats().tokens == 0
+            assert not cache.session.table.blocks
+
+
+def test_a_refused_resident_block(model: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gpu_budget`` promises more than there is: said so, and intact at the last length."""
+    case = STEPS["turn after a tail"]
+    wanted = reference(model, case)
+    empty = torch.empty
+
+    def refuse(*size: Any, **how: Any) -> Tensor:
+        if how.get("dtype") is torch.uint8 and how.get("device") == torch.device("cpu"):
+            raise torch.OutOfMemoryError("out of memory")
+        return empty(*size, **how)
+
+    with StepCase((), 12, case.sizes).start(model) as cache:
+        monkeypatch.setattr(torch, "empty", refuse)
+        with pytest.raises(DoesNotFitError, match=r"no room for a resident block .*lower gpu"):
+            call(model, cache, 0, 40)
+        monkeypatch.undo()
+        assert torch.equal(call(model, cache, 0, 40), call_alone(model, case, 40))
+    assert wanted.after.blocks > 0
+
+
+def call_alone(model: CompiledModel, case: StepCase, count: int) -> Tensor:
+    with StepCase((), count, case.sizes).start(model) as cache:
+        return call(model, cache, 0, count)
