@@ -9,10 +9,8 @@ was left half done is marked so and finished by the next call.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import CacheError
 from headinfer_compile.runtime.attention import AttentionRequest, Kernel
 from headinfer_compile.runtime.caller import Caller
+from headinfer_compile.runtime.counters import Counters
 from headinfer_compile.runtime.paged import PagedTables, is_supported
 from headinfer_compile.runtime.sizes import query_bytes, query_chunk
 from headinfer_compile.runtime.slots import NEVER_USED
@@ -38,20 +37,6 @@ from headinfer_compile.runtime.step import (
 from headinfer_compile.runtime.store import SessionOptions, Store
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """What a session has done since it was made or reset."""
-
-    h2d_bytes: int = 0
-    d2h_bytes: int = 0
-    cpu_bytes: int = 0
-    eager_updates: int = 0
-    materialised_layers: set[int] = field(default_factory=set)
-    sites: set[int] = field(default_factory=set)
-    op_calls: Counter[str] = field(default_factory=Counter)
-    workspace_bytes: int = 0
 
 
 class Session(Store):
