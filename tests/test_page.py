@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def test_text_of_a_model_cannot_break_the_page(
     title = "</script><b>{{js}}"
     data = {"title": title, "graphs": []}
     monkeypatch.setattr("headinfer_compile.html_page.page_data", lambda _: data)
-    text = page(type("Stub", (), {"title": title})())  # type: ignore[arg-type]
+    text = page(type("Stub", (), {"title": title})())
     assert "<b>" not in text.replace("<b>page", "")
     assert "&lt;/script&gt;&lt;b&gt;{{js}}" in text
     assert "\\u003c/script>" in text
@@ -131,14 +131,13 @@ def phone(browser: Any, path: Path) -> Iterator[Any]:
 def opened(browser: Any, path: Path, width: int, height: int, scheme: str) -> Iterator[Any]:
     """The page, without a network; at the end it has logged no error."""
     errors: list[str] = []
+    add: Callable[[str], Any] = errors.append
     view = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     view.context.set_offline(True)
     view.set_default_timeout(5000)
     view.on("pageerror", lambda error: errors.append(str(error)))
     view.on("console", lambda message: errors.append(message.text))
-    view.on(
-        "request", lambda request: request.url.startswith("file:") or errors.append(request.url)
-    )
+    view.on("request", lambda asked: asked.url.startswith("file:") or add(asked.url))
     view.goto(path.as_uri())
     yield view
     view.close()
