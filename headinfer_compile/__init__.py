@@ -5,6 +5,7 @@ from headinfer_compile.cache import HeadInferCache
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.explanation import Explanation
 from headinfer_compile.planner import Plan, plan
+from headinfer_compile.profiling import profile
 from headinfer_compile.report import explain
 from headinfer_compile.schedule_file import load_schedule
 from headinfer_compile.stats import CacheStats
@@ -19,4 +20,5 @@ __all__ = [
     "headinfer",
     "load_schedule",
     "plan",
+    "profile",
 ]

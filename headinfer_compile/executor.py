@@ -27,6 +27,7 @@ from headinfer_compile.runtime.ops import session_of
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.spec import SiteSpec
 from headinfer_compile.runtime.step import Step
+from headinfer_compile.runtime.trace import observer_for
 from headinfer_compile.step_graphs import StepGraphs
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class CompiledGraph:
                 self.specs.append(spec)
             self.site_specs.append(self.specs.index(spec))
         self._steps = StepGraphs(self)
+        self._nvtx = self.config.nvtx and torch.cuda.is_available()
         self._install_sites()
 
     def _install_sites(self) -> None:
@@ -120,6 +122,7 @@ class CompiledGraph:
         session = session_of(args[self.handle_index])
         try:
             session.enter_call()
+            session.observer = observer_for(session.timer, self._nvtx)
             self._claim(session, args)
             if session.length == 0:
                 # Only then may buffers and the automatic budget be made, in the first site.
@@ -222,11 +225,15 @@ class CompiledGraph:
         if not session.step.paged and session.fuses_resident(self.specs[spec]):
             session.sync_paged(None if form.padding is None else masks[form.padding])
         plan = self._plan(session, spec, None if last else self.site_specs[index + 1], masks)
-        self._enter(session, plan, site.layer, handle, q, k, v, masks)
         schedule = plan.schedule
+        if session.observer is not None:
+            session.observer.begin_site(site.layer, schedule)
+        self._enter(session, plan, site.layer, handle, q, k, v, masks)
         out, *ring = schedule.function(
             handle, q, k, v, masks, site.layer, following.layer, session.base, *session.ring
         )
+        if session.observer is not None:
+            session.observer.end_site()
         session.ring = tuple(ring)
         session.base = (session.base + schedule.num_transfers) % len(ring)
         session.in_flight = session.transfer_tags(following.layer, schedule.key.next_transfers)
@@ -299,10 +306,6 @@ class _SiteCall(torch.nn.Module):
         super().__init__()
         self._run: Callable[..., torch.Tensor] = owner.run_site
         self._index = index
-        self._nvtx = owner.config.nvtx and torch.cuda.is_available()
 
     def forward(self, *args: Any) -> torch.Tensor:
-        if self._nvtx:
-            with torch.cuda.nvtx.range(f"headinfer site {self._index}"):
-                return self._run(self._index, *args)
         return self._run(self._index, *args)

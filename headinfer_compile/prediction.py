@@ -36,9 +36,13 @@ class RegionWork:
     name: str
     weight_bytes: int
     flop: int
+    known_seconds: float | None = None
+    """Its time, where it was measured."""
 
     def seconds(self, rates: Rates) -> float:
         """Time to read the weights once or to multiply by them, whichever is longer."""
+        if self.known_seconds is not None:
+            return self.known_seconds
         return max(self.weight_bytes / rates.hbm, self.flop / rates.matmul, _LEAST_SECONDS)
 
 

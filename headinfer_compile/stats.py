@@ -28,9 +28,10 @@ class CacheStats:
     d2h_bytes: int
     cpu_bytes: int
     link_utilisation: float | None
-    """Share of the measured link rate that decode reached; None where it was not measured."""
+    """Share of the profiled decode steps in which the link was copying; None without ``profile``.
+    Copies run at the link's rate, so it is the share of that rate that was reached."""
     exposed_wait_us: float | None
-    """Time that compute waited for transfers; None where it was not measured."""
+    """Time that compute waited for transfers, over the profiled steps; None without ``profile``."""
     op_calls: dict[str, int]
     blocks_by_tier: dict[str, int]
     sites_rewritten: int
@@ -41,7 +42,7 @@ class CacheStats:
 def collect_stats(session: Session) -> CacheStats:
     """The figures of a session as they are now; nothing waits for the device."""
     counters = session.counters
-    geometry = session.geometry
+    geometry, timings = session.geometry, session.counters.timings
     blocks = session.table.blocks if geometry is not None else []
     tiers = [block.tier for block in blocks]
     fixed = {part: session.bytes_of(part) for part in ("slots", "staging", "tail")}
@@ -59,8 +60,10 @@ def collect_stats(session: Session) -> CacheStats:
         h2d_bytes=counters.h2d_bytes,
         d2h_bytes=counters.d2h_bytes,
         cpu_bytes=counters.cpu_bytes,
-        link_utilisation=None,
-        exposed_wait_us=None,
+        link_utilisation=(
+            timings.decode_link_us / timings.decode_us if timings.decode_us else None
+        ),
+        exposed_wait_us=timings.exposed_wait_us,
         op_calls=dict(counters.op_calls),
         blocks_by_tier={tier: tiers.count(tier) for tier in sorted(set(tiers))},
         sites_rewritten=len(counters.sites),

@@ -59,6 +59,7 @@ class StepGraphs:
             self._seen[session] = (state, count)
             if count <= _WARM_UP_STEPS or session.tail_rows == 0:
                 return self._owner.forward(*args)
+            session.observer = None  # its marks cannot be captured
             held = (state, CapturedStep(self._owner.forward, args, self._mask_index))
             self._captured[session] = held
             log.info("captured a decode step of %d tokens as a CUDA graph", past + 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from headinfer_compile.runtime.trace import Timings
+
 
 @dataclass
 class Counters:
@@ -18,3 +20,4 @@ class Counters:
     sites: set[int] = field(default_factory=set)
     op_calls: Counter[str] = field(default_factory=Counter)
     workspace_bytes: int = 0
+    timings: Timings = field(default_factory=Timings)

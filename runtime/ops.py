@@ -142,6 +142,8 @@ def _bound(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(handle: torch.Tensor, *args: Any) -> Any:
         session = session_of(handle)
         session.counters.op_calls[name] += 1
+        if session.observer is not None:
+            return session.observer.run(name, function, session, args)
         return function(session, *args)
 
     return call

@@ -19,6 +19,7 @@ from headinfer_compile.runtime.spec import Geometry
 from headinfer_compile.runtime.staging import StagingRing, Tail
 from headinfer_compile.runtime.step import Phase
 from headinfer_compile.runtime.streams import Event, Streams
+from headinfer_compile.runtime.trace import Observer, Timer
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Store:
         self.staging: StagingRing | None = None
         self.tail: Tail
         self._paged: PagedTables | None = None
+        self.timer: Timer | None = None
+        """Times the ops while the cache is profiled."""
+        self.observer: Observer | None = None
+        """Sees the ops of the call that is running."""
 
     def bind(self, k: torch.Tensor, v: torch.Tensor, activation_bytes: int) -> Geometry:
         """Fix the geometry by the first K ``[B, Hkv, n, D]`` and V ``[B, Hkv, n, Dv]``.

@@ -5,6 +5,7 @@ On a CPU everything runs in program order, so the stand-ins do nothing; the call
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -36,6 +37,8 @@ class Streams:
         self.device = device
         self._nothing: AbstractContextManager[None] = nullcontext()
         self._done = _DoneEvent()
+        self.timed: Callable[..., AbstractContextManager[object]] | None = None
+        """Wraps the contexts of ``on``, by role, while copies are timed."""
         if self.is_cuda:
             self._h2d = torch.cuda.Stream(device)
             self._d2h = torch.cuda.Stream(device)
@@ -55,10 +58,11 @@ class Streams:
 
     def on(self, role: str) -> AbstractContextManager[object]:
         """Context that makes the stream of ``role`` (``"h2d"`` or ``"d2h"``) current."""
-        if not self.is_cuda:
-            return self._nothing
         # `with stream` costs 2 us on the host, `with torch.cuda.stream(stream)` 19.
-        return self._h2d if role == "h2d" else self._d2h
+        found: AbstractContextManager[object] = self._nothing
+        if self.is_cuda:
+            found = self._h2d if role == "h2d" else self._d2h
+        return found if self.timed is None else self.timed(role, found)
 
     def _stream(self, role: str) -> torch.cuda.Stream:
         return {"h2d": self._h2d, "d2h": self._d2h, "compute": self._compute}[role]

@@ -1,0 +1,390 @@
+"""What the operators of a session are seen by: names for profilers, and times of every op.
+
+Nothing here waits for the device. A ``Timer`` records CUDA events around the ops and reads them
+when the steps are done; on a device without streams it reads the host's clock at the same points.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from headinfer_compile.runtime.session import Session
+    from headinfer_compile.runtime.spec import SiteSpec
+    from headinfer_compile.runtime.streams import Streams
+
+#: Where an op's arguments, the handle left out, say what it is about.
+_ARGUMENTS: dict[str, dict[str, int]] = {
+    "pack": {"layer": 0},
+    "offload": {"layer": 0},
+    "tail": {"layer": 0},
+    "resident": {"layer": 0, "group": 2, "block": 3},
+    "prefetch": {"layer": 0, "group": 2, "block": 3},
+    "attend": {"group": 5, "chunk": 6, "block": 7},
+    "attend_merge": {"group": 7, "chunk": 8, "block": 9},
+    "attend_resident": {"layer": 0},
+    "store": {"group": 3, "chunk": 4},
+}
+
+#: Ops that put work on the compute stream; the others only queue copies, events or views.
+_COMPUTE_OPS = ("pack", "wait", "attend", "attend_merge", "attend_resident", "store")
+
+#: A point in time on a stream: a CUDA event, or nanoseconds of the host's clock.
+Mark = Any
+
+
+@dataclass
+class Timings:
+    """Sums over the steps that were timed, in microseconds."""
+
+    decode_us: float = 0.0
+    decode_link_us: float = 0.0
+    """Copies to the device were under way."""
+    exposed_wait_us: float | None = None
+    """Compute stood still for a transfer; None until a step was timed."""
+
+
+@dataclass
+class Span:
+    """One op of one step. Times are microseconds from the start of the profile."""
+
+    name: str
+    layer: int | None = None
+    group: int | None = None
+    chunk: int | None = None
+    block: int | None = None
+    """KV block, or one of the negative spans of ``runtime/step.py``."""
+    transfer: int | None = None
+    slot: int | None = None
+    nbytes: int = 0
+    stream: str = "host"
+    begin: Mark = None
+    end: Mark = None
+    host_begin: float = 0.0
+    host_end: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The name that profilers show."""
+        parts = [f"headinfer.{self.name}"]
+        for name in ("layer", "group", "chunk", "block", "slot"):
+            value = getattr(self, name)
+            if value is not None:
+                parts.append(f"{name}={value}")
+        return " ".join(parts)
+
+
+@dataclass
+class SiteMark:
+    """A site that ran in a step."""
+
+    layer: int
+    schedule: Any
+    begin: Mark
+    end: Mark = None
+
+
+@dataclass
+class StepTrace:
+    """One compiled call."""
+
+    past: int
+    new: int
+    phase: str
+    step: Any
+    """The ``Step``, whose blocks the schedules are about; with the other sizes it was made for."""
+    specs: tuple[SiteSpec, ...]
+    geometry: Any
+    head_group: int
+    num_slots: int
+    begin: Mark
+    host_begin: float
+    end: Mark = None
+    host_end: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+    sites: list[SiteMark] = field(default_factory=list)
+
+    def marks(self) -> Iterator[Mark]:
+        """Every mark of the step."""
+        yield from (self.begin, self.end)
+        for span in self.spans:
+            yield from (span.begin, span.end)
+        for site in self.sites:
+            yield from (site.begin, site.end)
+
+
+class _Copy:
+    """A context that marks when the copies in it begin and end."""
+
+    def __init__(self, timer: Timer, role: str, stream: AbstractContextManager[object]) -> None:
+        self._timer, self._role, self._stream = timer, role, stream
+
+    def __enter__(self) -> None:
+        self._stream.__enter__()
+        self._timer.copy = (self._role, self._timer.mark(self._role), None)
+
+    def __exit__(self, *error: Any) -> None:
+        _, begin, _ = self._timer.copy
+        self._timer.copy = (self._role, begin, self._timer.mark(self._role))
+        self._stream.__exit__(*error)
+
+
+class Timer:
+    """Times the ops of up to ``max_steps`` compiled calls of one session."""
+
+    def __init__(self, session: Session, max_steps: int) -> None:
+        self.session = session
+        self.max_steps = max_steps
+        self.steps: list[StepTrace] = []
+        self.current: StepTrace | None = None
+        self.copy: tuple[str, Mark, Mark] = ("", None, None)
+        self.transfers: dict[int, Span] = {}
+        self._last: Mark = None
+        """The newest mark on compute."""
+        self._pool: list[torch.cuda.Event] = []
+        self._resolved = 0
+        self._zero_ns = time.perf_counter_ns()
+        self._base: tuple[Mark, float] | None = None
+        """A mark that was read, with its microseconds."""
+
+    # -- marks ------------------------------------------------------------------------------
+
+    @property
+    def _streams(self) -> Streams | None:
+        return None if self.session.geometry is None else self.session.streams
+
+    def mark(self, role: str) -> Mark:
+        """A point in time on the stream of ``role``, which is not waited for."""
+        streams = self._streams
+        if streams is None or not streams.is_cuda:
+            if torch.cuda.is_available() and streams is None:
+                return self._event_on_current()
+            return time.perf_counter_ns()
+        event = self._pool.pop() if self._pool else self._new_event()
+        streams.record(event, role)
+        return event
+
+    @staticmethod
+    def _new_event() -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    def _event_on_current(self) -> Mark:
+        event = self._pool.pop() if self._pool else self._new_event()
+        event.record()
+        return event
+
+    def host_us(self) -> float:
+        """The host's clock."""
+        return (time.perf_counter_ns() - self._zero_ns) / 1e3
+
+    # -- what the session calls -------------------------------------------------------------
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around one compiled call."""
+        self._read_finished()
+        if len(self.steps) >= self.max_steps:
+            yield
+            return
+        session = self.session
+        begin = self.mark("compute"), self.host_us()
+        done = StepTrace(session.length, 0, "", None, (), None, 0, 0, *begin)
+        self.current, self._last = done, done.begin
+        try:
+            yield
+            step = session.step
+            if step is not None:
+                done.step, done.new, done.phase = step, step.new, step.phase
+                done.specs, done.geometry = tuple(session.specs), session.geometry
+                done.head_group = session.layout(step.phase).head_group
+                done.num_slots = session.config.num_slots
+                done.end, done.host_end = self.mark("compute"), self.host_us()
+                self.steps.append(done)
+        finally:
+            self.current = None
+            if self._streams is not None:
+                self._streams.timed = None
+
+    def begin_site(self, layer: int, schedule: Any) -> None:
+        """A site of the model graph begins."""
+        if self.current is not None:
+            assert self._streams is not None
+            self._streams.timed = partial(_Copy, self)
+            self._last = self.mark("compute")
+            self.current.sites.append(SiteMark(layer, schedule, self._last))
+
+    def end_site(self) -> None:
+        """The ops of the site are queued."""
+        if self.current is not None:
+            self.current.sites[-1].end = self._last
+
+    def finish(self, span: Span, host_begin: float, moved: int) -> None:
+        """An op is queued; ``span`` says which."""
+        step = self.current
+        if step is None:
+            return
+        span.host_begin, span.host_end = host_begin, self.host_us()
+        if span.name in ("prefetch", "offload"):
+            role, begin, end = self.copy
+            if end is not None:
+                span.stream, span.begin, span.end, span.nbytes = role, begin, end, moved
+            self.copy = ("", None, None)
+        elif span.name in _COMPUTE_OPS:
+            span.stream, span.begin = "compute", self._last
+            self._last = span.end = self.mark("compute")
+        elif span.name == "release":
+            span.begin = span.end = self._last
+        step.spans.append(span)
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def _read_finished(self) -> None:
+        """Read the steps that the device has finished, without waiting for it."""
+        while self._resolved < len(self.steps) and all(
+            mark.query() for mark in self.steps[self._resolved].marks() if _is_event(mark)
+        ):
+            self._read(self.steps[self._resolved])
+
+    def close(self) -> None:
+        """Read everything that is left; waits for the device, after the last step."""
+        if torch.cuda.is_available() and self._resolved < len(self.steps):
+            torch.cuda.synchronize()
+        while self._resolved < len(self.steps):
+            self._read(self.steps[self._resolved])
+
+    def _read(self, step: StepTrace) -> None:
+        """Turn the marks of a step into microseconds."""
+        self._resolved += 1
+        events = [mark for mark in step.marks() if _is_event(mark)]
+        if _is_event(step.begin):
+            # Near one another: a float of milliseconds is exact to a microsecond for seconds only.
+            before = self._base
+            at = step.host_begin if before is None else before[1] + _between(before[0], step.begin)
+            self._base = (step.begin, at)
+        found: dict[int, float] = {}
+
+        def read(mark: Mark) -> float | None:
+            if mark is None:
+                return None
+            if not _is_event(mark):
+                return float((mark - self._zero_ns) / 1e3)
+            assert self._base is not None
+            if id(mark) not in found:
+                found[id(mark)] = self._base[1] + _between(self._base[0], mark)
+            return found[id(mark)]
+
+        for span in step.spans:
+            span.begin, span.end = read(span.begin), read(span.end)
+        for site in step.sites:
+            site.begin, site.end = read(site.begin), read(site.end)
+        base = step.begin
+        step.begin, step.end = read(step.begin), read(step.end)
+        self._count(step)
+        # The base is kept for the step after.
+        self._pool += list({id(e): e for e in events if e is not base}.values())
+
+    def _count(self, step: StepTrace) -> None:
+        timings = self.session.counters.timings
+        waits = [s.end - s.begin for s in step.spans if s.name == "wait" and s.end is not None]
+        timings.exposed_wait_us = (timings.exposed_wait_us or 0.0) + sum(waits)
+        if step.phase == "decode":
+            timings.decode_us += step.end - step.begin
+            timings.decode_link_us += busy_us(step.spans, "h2d")
+
+
+def busy_us(spans: Sequence[Span], stream: str) -> float:
+    """Microseconds in which a stream runs an op."""
+    return float(sum(s.end - s.begin for s in spans if s.stream == stream))
+
+
+def _is_event(mark: Mark) -> bool:
+    return isinstance(mark, torch.cuda.Event)
+
+
+def _between(first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+    return float(first.elapsed_time(second)) * 1e3
+
+
+class Observer:
+    """Sees every op of one compiled call: names it to the profilers that listen, and times it."""
+
+    def __init__(self, timer: Timer | None, nvtx: bool, profiler: bool) -> None:
+        self.timer = timer
+        self._nvtx, self._profiler = nvtx, profiler
+        self._layer: int | None = None
+        self._transfers: dict[int, Span] = {} if timer is None else timer.transfers
+
+    def begin_site(self, layer: int, schedule: Any) -> None:
+        """A site of ``layer`` begins and will run ``schedule``."""
+        self._layer = layer
+        if self._nvtx:
+            torch.cuda.nvtx.range_push(f"headinfer site layer={layer}")
+        if self.timer is not None:
+            self.timer.begin_site(layer, schedule)
+
+    def end_site(self) -> None:
+        """The site's ops are queued."""
+        if self.timer is not None:
+            self.timer.end_site()
+        if self._nvtx:
+            torch.cuda.nvtx.range_pop()
+
+    def run(
+        self, name: str, function: Callable[..., Any], session: Session, args: Sequence[Any]
+    ) -> Any:
+        """Run an op under its names."""
+        span = self._span(name, args, session)
+        named = self._nvtx or self._profiler
+        label = span.label if named else ""
+        range_ = torch.profiler.record_function(label) if self._profiler else None
+        if self._nvtx:
+            torch.cuda.nvtx.range_push(label)
+        if range_ is not None:
+            range_.__enter__()
+        host_begin = 0.0 if self.timer is None else self.timer.host_us()
+        before = session.counters.h2d_bytes + session.counters.d2h_bytes
+        try:
+            result = function(session, *args)
+        finally:
+            if range_ is not None:
+                range_.__exit__(None, None, None)
+            if self._nvtx:
+                torch.cuda.nvtx.range_pop()
+        if name == "prefetch":
+            span.transfer = result
+            self._transfers[result] = span
+        if self.timer is not None:
+            moved = session.counters.h2d_bytes + session.counters.d2h_bytes - before
+            self.timer.finish(span, host_begin, moved)
+        return result
+
+    def _span(self, name: str, args: Sequence[Any], session: Session) -> Span:
+        span = Span(name, self._layer)
+        if name in ("wait", "release"):
+            source = self._transfers.get(args[0])
+            if source is not None:
+                span.layer, span.group, span.block = source.layer, source.group, source.block
+                span.transfer, span.slot = source.transfer, source.slot
+            if name == "release":
+                self._transfers.pop(args[0], None)
+            return span
+        for part, index in _ARGUMENTS.get(name, {}).items():
+            setattr(span, part, args[index])
+        if name == "prefetch":
+            span.slot = (args[4] + args[5]) % session.config.num_slots
+        return span
+
+
+def observer_for(timer: Timer | None, nvtx: bool) -> Observer | None:
+    """Who looks at the ops of the next call; None where nobody does."""
+    profiler = bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+    if timer is None and not nvtx and not profiler:
+        return None
+    return Observer(timer, nvtx, profiler)
