@@ -204,7 +204,8 @@ def test_a_profile_costs_under_two_percent_of_a_streamed_step(seed: int) -> None
         vocab_size=128, hidden_size=1024, intermediate_size=1024, num_hidden_layers=8,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, dtype=torch.bfloat16,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(torch.bfloat16).cuda().eval()
+    model: Any = LlamaForCausalLM(config)
+    model.to(device="cuda", dtype=torch.bfloat16).eval()
     model.compile(backend=headinfer, options={"lowering": "eager"})
     ids = random_ids(seed, 65536).cuda() % 128
     seconds: dict[bool, list[float]] = {False: [], True: []}
