@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -124,6 +125,7 @@ class CompiledGraph:
             session.enter_call()
             session.observer = observer_for(session.timer, self._nvtx)
             self._claim(session, args)
+            session.announced = self._announced(session, args)
             if session.length == 0:
                 # Only then may buffers and the automatic budget be made, in the first site.
                 found = self.activations.evaluate(sizes_of(self.graph_module, args))
@@ -162,6 +164,19 @@ class CompiledGraph:
             session.claimed_by = caller
         session.configure(self.config)
         session.specs = self.specs
+
+    def _announced(self, session: Session, args: Sequence[Any]) -> int:
+        """Tokens that a chunked prompt will reach, or 0 where the call does not tell.
+
+        ``generate`` cuts the positions of every chunk out of those of the whole prompt, whose
+        length is therefore their stride.
+        """
+        positions = None if self.positions_index is None else args[self.positions_index]
+        if positions is None or positions.dim() != 2:
+            return 0
+        whole: int = positions.stride(0)
+        is_slice = whole > positions.shape[1] > 1 and positions.storage_offset() == session.length
+        return whole if is_slice and _is_called_by_generate() else 0
 
     @staticmethod
     def _check_positions(session: Session, positions: torch.Tensor) -> None:
@@ -297,6 +312,17 @@ def _say_what_to_do(error: BaseException, session: Session) -> None:
             f"the HeadInferCache holds {session.length} tokens, as before this call. To need less "
             "of the GPU, lower gpu_budget, prefill_chunk_size or workspace_bytes, and call again"
         )
+
+
+def _is_called_by_generate() -> bool:
+    """Whether transformers' ``generate`` is running: a caller's own positions may be any slice."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "generate" and "transformers" in code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _SiteCall(torch.nn.Module):

@@ -80,6 +80,17 @@ class BlockPlan:
             count //= 2
         return count if count >= smallest else 0
 
+    def longest(self, host_budget: int) -> int:
+        """The most tokens that fit if host blocks may take ``host_budget`` bytes."""
+        while not self.on_host or self.tokens_of(self.count) < self.tokens_of(64):
+            before = self.capacity
+            self.grow(before + 1)
+            if self.host_bytes > host_budget:
+                return before
+        largest = self.tokens_of(64)
+        blocks = (host_budget - self.host_bytes) // (largest * self.token_bytes)
+        return self.capacity + max(0, blocks) * largest
+
     def place(self, context: int, chunk: int) -> None:
         """Grow as a prefill of ``context`` tokens in chunks of ``chunk`` does."""
         end = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,17 +60,52 @@ def default_gpu_budget(device: torch.device, needed_bytes: int) -> int:
     return max(0, device_room(device) - needed_bytes - ALLOCATOR_SLACK_BYTES)
 
 
-def default_host_budget() -> int:
-    """Bytes of host memory for pages: what is available under the cgroup's limit, less a tenth."""
-    page_bytes = os.sysconf("SC_PAGE_SIZE")
-    available = os.sysconf("SC_AVPHYS_PAGES") * page_bytes
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    cgroup = Path("/sys/fs/cgroup")
-    limit_file, usage_file = cgroup / "memory.max", cgroup / "memory.current"
-    if limit_file.exists() and usage_file.exists():
-        limit = limit_file.read_text().strip()
-        if limit != "max":
-            available = min(available, int(limit) - int(usage_file.read_text()))
-    return max(0, int(available * (1 - _HOST_MARGIN)))
+def default_host_budget(root: Path = Path("/")) -> int:
+    """Bytes of host memory for pages: what is available under all limits, less a tenth.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are.
+    """
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = root / "proc/meminfo"
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    return max(0, int(min(available, *_cgroup_rooms(root)) * (1 - _HOST_MARGIN)))
+
+
+def _cgroup_rooms(root: Path) -> list[int]:
+    """What each control group of this process leaves; page cache that can be dropped is free."""
+    rooms = [sys.maxsize]
+    membership = root / "proc/self/cgroup"
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            base, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # In a container the group of the outside may be named, which is not there: the root counts.
+        relative = Path(name.lstrip("/"))
+        for group in (relative, *relative.parents):
+            rooms += _room_of(base / group, *files)
+    return rooms
+
+
+def _room_of(group: Path, limit_file: str, usage_file: str, cache: str) -> list[int]:
+    limit_path, usage_path, stat = group / limit_file, group / usage_file, group / "memory.stat"
+    if not (limit_path.exists() and usage_path.exists()):
+        return []
+    limit = limit_path.read_text().strip()
+    if limit == "max":
+        return []
+    used = int(usage_path.read_text())
+    for line in stat.read_text().splitlines() if stat.exists() else ():
+        name, count = line.split()
+        if name == cache:
+            used -= min(used, int(count))
+    return [max(0, int(limit) - used)]

@@ -7,6 +7,7 @@ are placed once and never move, grow or are copied again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -46,8 +47,8 @@ class BlockTable:
     gpu_budget: int
     """Bytes of resident blocks."""
     host_budget: int
-    may_overflow: bool
-    """Whether a resident block that the GPU refuses may go to the host (``gpu_budget="auto"``)."""
+    room: Callable[[], int]
+    """Bytes that the device has for further resident blocks now: others may allocate too."""
     blocks: list[TokenBlock] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,16 +61,21 @@ class BlockTable:
 
     def _block_plan(self) -> BlockPlan:
         """The blocks there are, as a plan that may grow."""
+        held = self.bytes_on("gpu")
+        on_host = any(block.tier == "host" for block in self.blocks)
+        budget = self.gpu_budget
+        if held < budget and not on_host:
+            budget = min(budget, held + max(0, self.room()))
         return BlockPlan(
             self.geometry.layer_token_bytes,
             self.geometry.num_layers,
             self.page_tokens,
-            self.gpu_budget,
+            budget,
             capacity=self.capacity,
-            gpu_bytes=self.bytes_on("gpu"),
+            gpu_bytes=held,
             host_bytes=self.bytes_on("host"),
             count=len(self.blocks),
-            on_host=any(block.tier == "host" for block in self.blocks),
+            on_host=on_host,
         )
 
     @property
@@ -95,13 +101,15 @@ class BlockTable:
         plan = self._block_plan()
         made = plan.grow(tokens)
         if plan.host_bytes > self.host_budget:
-            over = plan.host_bytes - self.host_budget
-            held = plan.capacity - over // self.geometry.token_bytes
+            longest = self._block_plan().longest(self.host_budget)
+            everything = plan.gpu_bytes + plan.host_bytes
             raise DoesNotFitError(
                 f"{tokens} tokens need {format_bytes(plan.host_bytes)} of host memory for KV pages "
                 f"beside {format_bytes(plan.gpu_bytes)} on the GPU, and host_budget is "
-                f"{format_bytes(self.host_budget)}: raise host_budget or gpu_budget, or keep the "
-                f"context under about {max(0, held)} tokens"
+                f"{format_bytes(self.host_budget)}. What would work: a context of at most "
+                f"{longest} tokens; host_budget={plan.host_bytes}; "
+                f"gpu_budget={everything - self.host_budget}, where the GPU has room for it. "
+                "What is stored is intact"
             )
         return made
 
@@ -114,19 +122,26 @@ class BlockTable:
         for count, tier in self.plan(tokens):
             self._append(count, tier)
 
-    def prepare(self, tokens: int) -> None:
+    def prepare(self, tokens: int) -> bool:
         """Start making, in the background, the host slabs still missing for ``tokens`` tokens.
 
         Slabs prepared for more than that are given back.
+
+        Returns:
+            Whether they fit; the caller has not asked for them yet, and ``ensure`` raises if it
+            does.
         """
-        if self.geometry.device.type != "cuda":
-            return
         try:
             made = self.plan(tokens)
         except DoesNotFitError:
-            # The caller has not asked for these tokens yet; `ensure` says so if it does.
-            return
+            return False
         self._slabs.prepare([self._slab_size(count) for count, tier in made if tier == "host"])
+        return True
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that fit under the budgets."""
+        return self._block_plan().longest(self.host_budget)
 
     def _slab_size(self, tokens: int) -> tuple[int, int]:
         return tokens * self.geometry.token_bytes, tokens * self.geometry.layer_token_bytes
@@ -140,13 +155,7 @@ class BlockTable:
             try:
                 with torch.inference_mode(False):
                     buffer = torch.empty(nbytes, dtype=torch.uint8, device=geometry.device)
-            except torch.OutOfMemoryError as error:
-                if not self.may_overflow:
-                    raise DoesNotFitError(
-                        f"the GPU has no room for a resident block of {format_bytes(nbytes)}, "
-                        f"which gpu_budget={format_bytes(self.gpu_budget)} allows: lower "
-                        "gpu_budget, or free GPU memory. What is stored is intact"
-                    ) from error
+            except torch.OutOfMemoryError:
                 log.warning(
                     "the GPU has no room for another resident block of %s: the rest of the KV goes "
                     "to the host",

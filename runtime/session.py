@@ -187,6 +187,7 @@ class Session(Store):
         phase: Phase = "decode" if new <= DECODE_MAX_QUERIES else "prefill"
         regular = new == self.regular_chunk
         step = Step(past, new, stored, phase, appends, flushes, (), regular)
+        self.check_announced()
         if step.stored_after > stored:
             self.table.ensure(step.stored_after)
             step.pieces = self._pieces(step)
@@ -215,7 +216,7 @@ class Session(Store):
         self.step, self._unsettled = None, False
         # A prefill chunk is mostly followed by another; after that only the tail is written back.
         if step.phase == "prefill":
-            self.table.prepare(max(self.length + step.new, self.reserved))
+            self.prepare_chunk(self.length, step.new)
         elif step.flushes or step.tail_rows == 0:
             self.table.prepare(max(self.length + self.tail.tokens, self.reserved))
 

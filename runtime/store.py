@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +22,8 @@ from headinfer_compile.runtime.staging import StagingRing, Tail
 from headinfer_compile.runtime.step import Phase
 from headinfer_compile.runtime.streams import Event, Streams
 from headinfer_compile.runtime.trace import Observer, Timer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Store:
         """Tokens of the first call: the chunk that most calls of a prefill have."""
         self.reserved = 0
         """Tokens announced by ``check_room``; their slabs are made in the background."""
+        self.announced = 0
+        """Tokens that the prompt of the call in progress will reach, where the call tells."""
         self.forward_bytes = 0
         """What the forward in progress needs on the device beyond what its first site finds."""
         self.geometry: Geometry | None = None
@@ -119,7 +125,7 @@ class Store:
         options = self.options
         self.streams = self.make_streams(geometry.device)
         tail_tokens = sizes.tail_tokens(geometry, options.tail_tokens)
-        table = BlockTable(geometry, options.page_tokens, 0, 0, options.gpu_budget is None)
+        table = BlockTable(geometry, options.page_tokens, 0, 0, self._resident_room)
         fixed = (
             self.config.num_slots
             * sizes.slot_bytes(self.config, geometry, table.largest_page_tokens)
@@ -148,6 +154,19 @@ class Store:
             self.capability = torch.cuda.get_device_capability(geometry.device)
         self.table = table
         self.geometry = geometry
+
+    def _resident_room(self) -> int:
+        """Bytes of the device that the forward in progress and buffers to come leave now."""
+        geometry = self.geometry
+        if geometry is None or geometry.device.type != "cuda":
+            return sys.maxsize
+        needed = self.forward_bytes + int(self.config.workspace_bytes)
+        if self.slots is None:
+            page = self.table.largest_page_tokens
+            needed += self.config.num_slots * sizes.slot_bytes(self.config, geometry, page)
+        if self.staging is None:
+            needed += sizes.staging_bytes(geometry, self.options.page_tokens)
+        return default_gpu_budget(geometry.device, needed)
 
     def layout(self, phase: Phase) -> sizes.Layout:
         """Head group and slot tokens of a phase (``HeadInferConfig``)."""
@@ -202,9 +221,9 @@ class Store:
         Raises:
             DoesNotFitError: The budgets do not hold them.
         """
-        self.reserved = tokens
         if self.geometry is not None:
             self.table.plan(tokens)
+            self.reserved = tokens
             return
         host = self.options.host_budget
         host = default_host_budget() if host is None else host
@@ -216,10 +235,36 @@ class Store:
         if needed > host + gpu:
             raise DoesNotFitError(
                 f"{tokens} tokens of KV take {format_bytes(needed)}; there is room for "
-                f"{format_bytes(host)} on the host and {format_bytes(gpu)} on the GPU: shorten the "
-                f"context to about {(host + gpu) // token_bytes} tokens, or raise host_budget or "
-                "gpu_budget"
+                f"{format_bytes(host)} on the host and {format_bytes(gpu)} on the GPU. What would "
+                f"work: a context of at most {(host + gpu) // token_bytes} tokens; "
+                f"host_budget={needed - gpu}; gpu_budget={needed - host}, where the machine has "
+                "them"
             )
+        self.reserved = tokens
+
+    def check_announced(self) -> None:
+        """Refuse a prompt whose end does not fit, before anything is computed for it.
+
+        Raises:
+            DoesNotFitError: The budgets do not hold it.
+        """
+        if self.announced > self.reserved:
+            self.table.plan(self.announced)
+            self.reserved = self.announced
+
+    def prepare_chunk(self, length: int, tokens: int) -> None:
+        """Make slabs for what was announced, or for another chunk of ``tokens`` after ``length``.
+
+        A chunk that would be refused is not known to come, so that it is only warned of.
+        """
+        if self.reserved > length:
+            self.table.prepare(self.reserved)
+        elif not self.table.prepare(length + tokens):
+            log.warning(
+                "there is room for %d tokens and the cache holds %d: another chunk of %d does not "
+                "fit and would be refused",
+                self.table.longest, length, tokens,
+            )  # fmt: skip
 
     def check_materialised(self, tokens: int) -> None:
         """Refuse to put all K and V of one layer on the GPU where the budget forbids it.

@@ -72,7 +72,7 @@ def attempt(facts: ModelFacts, machine: Machine, request: Request) -> Plan | Non
         return None
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(models(), machines(), requests)
 def test_a_plan_never_exceeds_a_budget(
     facts: ModelFacts, machine: Machine, request: Request
@@ -97,7 +97,7 @@ def test_more_memory_never_makes_a_plan_slower(
             assert after.max_context >= before.max_context
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(models(), machines(), requests)
 def test_a_refused_plan_is_infeasible(
     facts: ModelFacts, machine: Machine, request: Request
