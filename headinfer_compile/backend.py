@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from headinfer_compile.activations import activation_model
 from headinfer_compile.config import HeadInferConfig
-from headinfer_compile.errors import HeadInferError, OptionError
+from headinfer_compile.errors import DeclinedError, HeadInferError, OptionError
 from headinfer_compile.executor import CompiledGraph, GraphReport
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
 from headinfer_compile.passes.graph_utils import node_value
@@ -74,13 +74,14 @@ def headinfer(
             ``"max-autotune-no-cudagraphs"`` set Inductor's patch for the regions.
 
     Returns:
-        A callable over the graph's flat inputs.
-
-    Raises:
-        OptionError: An option or mode is invalid.
-        DeclinedError: An attention is not supported and ``strict=True``.
+        A callable over the graph's flat inputs. It raises, so that the caller meets the error as it
+        is and not wrapped by Dynamo, ``OptionError`` where an option or mode is invalid, and
+        ``DeclinedError`` where an attention is not supported and ``strict=True``.
     """
-    return compile_graph(gm, example_inputs, _config(options, mode))
+    try:
+        return compile_graph(gm, example_inputs, _config(options, mode))
+    except (OptionError, DeclinedError) as error:
+        return _refuse(error)
 
 
 def compile_graph(
@@ -113,12 +114,14 @@ def compile_graph(
     if torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
     ):
-        return _refuse(
+        message = (
             "this call has gradients enabled, and HeadInferCache is for inference only: call the "
             "model under torch.no_grad() or torch.inference_mode(), or use generate()"
         )
+        return _refuse(HeadInferError(message))
     if len({update.args[0] for update in updates}) > 1:
-        return _refuse("one call uses two HeadInferCaches: a graph serves one cache at a time")
+        message = "one call uses two HeadInferCaches: a graph serves one cache at a time"
+        return _refuse(HeadInferError(message))
     return _compile(gm, example_inputs, config, updates, graph_type, keep_text)
 
 
@@ -151,10 +154,10 @@ def _without_sites(
     return compiled
 
 
-def _refuse(message: str) -> Callable[..., Any]:
+def _refuse(error: HeadInferError) -> Callable[..., Any]:
     # Raised by the call and not by the compiler, so that Dynamo does not wrap it.
     def refuse(*_: Any) -> Any:
-        raise HeadInferError(message)
+        raise type(error)(*error.args)
 
     return refuse
 
