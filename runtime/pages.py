@@ -53,11 +53,8 @@ class BlockTable:
 
     def __post_init__(self) -> None:
         self._slabs = SlabAllocator(self.geometry.device)
-
-    @property
-    def largest_page_tokens(self) -> int:
+        self.largest_page_tokens = self._block_plan().tokens_of(64)
         """Tokens of the largest page this table will ever make."""
-        return self._block_plan().tokens_of(64)
 
     def _block_plan(self) -> BlockPlan:
         """The blocks there are, as a plan that may grow."""

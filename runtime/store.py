@@ -69,6 +69,8 @@ class Store:
         """Times the ops while the cache is profiled."""
         self.observer: Observer | None = None
         """Sees the ops of the call that is running."""
+        self._layouts: dict[Phase, sizes.Layout] = {}
+        self._layouts_of: tuple[Geometry | None, HeadInferConfig | None] = (None, None)
 
     def bind(self, k: torch.Tensor, v: torch.Tensor, activation_bytes: int) -> Geometry:
         """Fix the geometry by the first K ``[B, Hkv, n, D]`` and V ``[B, Hkv, n, Dv]``.
@@ -171,8 +173,14 @@ class Store:
     def layout(self, phase: Phase) -> sizes.Layout:
         """Head group and slot tokens of a phase (``HeadInferConfig``)."""
         assert self.geometry is not None
-        page = self.table.largest_page_tokens
-        return sizes.phase_layout(self.config, self.geometry, page, phase)
+        # Operators ask several times a site: computed once for each geometry and config.
+        of = (self.geometry, self.config)
+        if self._layouts_of[0] is not of[0] or self._layouts_of[1] is not of[1]:
+            self._layouts_of, self._layouts = of, {}
+        if phase not in self._layouts:
+            page = self.table.largest_page_tokens
+            self._layouts[phase] = sizes.phase_layout(self.config, self.geometry, page, phase)
+        return self._layouts[phase]
 
     def slot_ring(self) -> SlotRing:
         """The slots, made when the first streamed step needs them.
