@@ -17,7 +17,7 @@ from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import DeclinedError, HeadInferError, OptionError
 from headinfer_compile.executor import CompiledGraph, GraphReport
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
-from headinfer_compile.passes.graph_utils import node_value
+from headinfer_compile.passes.graph_utils import node_value, writes_inputs
 from headinfer_compile.passes.lower import lower_regions
 from headinfer_compile.passes.pipeline import Dump, run_graph_passes
 
@@ -182,6 +182,7 @@ def _compile(
         for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
         if isinstance(value, torch.Tensor) and "position_ids" in node.name
     ]
+    batch_inputs = [] if writes_inputs(gm) else _batch_inputs(placeholders, example_inputs, updates)
     context = PassContext(config, example_inputs)
     dump = Dump(config.debug_dir)
     split, pass_reports = run_graph_passes(gm, context, dump, keep_text)
@@ -216,6 +217,7 @@ def _compile(
         last_layer=last_layer,
         dump=dump,
         activations=activations,
+        batch_inputs=batch_inputs,
     )
 
 
@@ -233,6 +235,21 @@ def _tuning(config: HeadInferConfig, attentions: Sequence[Node]) -> dict[str, An
         q.is_cuda and all(statically_known_true(q.shape[i] == 1) for i in (0, 2)) for q in queries
     )
     return {"coordinate_descent_tuning": True} if one_token else {}
+
+
+def _batch_inputs(
+    placeholders: Sequence[Node], example_inputs: Sequence[Any], updates: Sequence[Node]
+) -> list[tuple[int, int]]:
+    """Inputs that have the batch of K as a dim, parameters apart, with that dim."""
+    k = updates[0].args[1]
+    batch = node_value(k).shape[0] if isinstance(k, Node) else None
+    found = []
+    for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+        fake = node_value(node)
+        if isinstance(fake, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+            # As text, which tells symbols apart without a guard.
+            found += [(index, d) for d, size in enumerate(fake.shape) if str(size) == str(batch)]
+    return found
 
 
 # Before the first call is traced: Dynamo reads these settings when it builds the first guards.

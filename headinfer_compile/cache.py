@@ -7,13 +7,13 @@ import sys
 from typing import Any, NoReturn
 
 import torch
-from transformers import Cache, PretrainedConfig
+from transformers import PretrainedConfig
 
+from headinfer_compile.cache_protocol import CacheProtocol
 from headinfer_compile.config import parse_bytes
 from headinfer_compile.errors import CacheError, ClosedError, OptionError
 from headinfer_compile.linear_states import LinearStates, linear_layers
 from headinfer_compile.passes.schedule import Schedule
-from headinfer_compile.runtime.ops import session_of
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.store import SessionOptions
 from headinfer_compile.runtime.transfer_ops import update_without_schedule
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _NO_KV_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
 
 
-class HeadInferCache(Cache):
+class HeadInferCache(CacheProtocol):
     """KV cache in pinned host memory, streamed block by block to exact attention on the GPU."""
 
     def __init__(
@@ -202,74 +202,6 @@ class HeadInferCache(Cache):
         session.counters.eager_updates += 1
         return full
 
-    @property
-    def session(self) -> Session:
-        """The store behind this cache."""
-        return session_of(self.handle)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held."""
-        return self.length
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Position of the next token."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the keys that the next mask covers."""
-        return self.length + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: the length is bounded by memory only."""
-        return -1
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """-1: the length is bounded by memory only."""
-        return -1
-
-    @property
-    def is_compileable(self) -> bool:
-        """False, or ``generate`` would build masks of chunk x context outside the graph."""
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether K and V have come."""
-        return self.session.geometry is not None
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether cached tokens can be dropped again: not from the states of linear layers."""
-        return self.linear.can_roll_back
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """All False: every token is kept, windows are read from whole pages."""
-        return [False] * self.num_layers
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Which layers keep a state of linear attention and no KV."""
-        held = [*self.layers, *[None] * self.num_layers][: self.num_layers]
-        return [layer is not None and not hasattr(layer, "keys") for layer in held]
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        """All False."""
-        return [False] * self.num_layers
-
-    @property
-    def batch_size(self) -> int:
-        """Batch size of what is held, 1 before."""
-        geometry = self.session.geometry
-        return geometry.batch if geometry is not None else 1
-
-    def __len__(self) -> int:
-        return self.num_layers
-
-    def __repr__(self) -> str:
-        return f"HeadInferCache(tokens={self.length}, layers={self.num_layers})"
-
     # -- life cycle ---------------------------------------------------------------------------
 
     def reserve(self, tokens: int) -> None:
@@ -338,41 +270,6 @@ class HeadInferCache(Cache):
     __deepcopy__ = _refuse_copy
     __copy__ = _refuse_copy
     __reduce_ex__ = _refuse_copy
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Permute batch rows.
-
-        Raises:
-            CacheError: For any permutation but the identity: beams are not supported.
-        """
-        if not torch.equal(beam_idx.cpu(), torch.arange(self.batch_size)):
-            raise CacheError(
-                "beam search reorders the rows of the cache, which HeadInferCache does not do yet: "
-                "use num_beams=1, or a DynamicCache"
-            )
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each batch row.
-
-        Raises:
-            CacheError: Always, unless ``repeats`` is 1.
-        """
-        if repeats != 1:
-            raise CacheError(
-                "HeadInferCache cannot repeat batch rows: expand the prompt before prefill"
-            )
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some batch rows.
-
-        Raises:
-            CacheError: Always, unless all rows are kept in order.
-        """
-        self.reorder_cache(indices)
-
-    def activate_past_recording(self) -> None:
-        """Keep what ``crop`` needs: of KV every token is kept anyway."""
-        self.linear.record_past()
 
     def stats(self) -> CacheStats:
         """Where the bytes are and what has moved since the cache was made or reset."""

@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from headinfer_compile.passes.pipeline import Dump, PassReport, build_prologue, 
 from headinfer_compile.passes.schedule import PlanContext, PlanKey, Schedule
 from headinfer_compile.plan_key import chained_key
 from headinfer_compile.runtime.ops import session_of
+from headinfer_compile.runtime.rows import unequal_neighbours
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.spec import SiteSpec
 from headinfer_compile.runtime.step import Step
@@ -69,6 +71,8 @@ class CompiledGraph:
     """The last layer that updates the cache in this graph."""
     dump: Dump
     activations: ActivationModel
+    batch_inputs: Sequence[tuple[int, int]]
+    """Inputs with the batch as a dim, and that dim; none where a call cannot be made twice."""
     specs: list[SiteSpec] = field(default_factory=list)
     schedules: dict[PlanKey, Schedule] = field(default_factory=dict)
     prologues: dict[PlanKey, Schedule] = field(default_factory=dict)
@@ -131,10 +135,16 @@ class CompiledGraph:
                 found = self.activations.evaluate(sizes_of(self.graph_module, args))
                 session.forward_bytes = max(0, found.peak_bytes(0) - found.site_input_bytes)
             with session.around_call():
-                if self.config.cuda_graphs:
-                    result = self._steps.run(session, args)
-                else:
-                    result = self.forward(*args)
+                result = self._run(session, args)
+                if session.step is not None and not session.step.rows_hold():
+                    log.warning(
+                        "the inputs of some batch rows are equal and their K and V are not: the "
+                        "call is made again, and each row is stored by itself until reset()"
+                    )
+                    session.abort()
+                    session.plans.clear()
+                    session.sharing.wanted = False
+                    result = self._run(session, args)
             session.commit()
         except BaseException as error:
             session.cancel_call()
@@ -143,6 +153,9 @@ class CompiledGraph:
         finally:
             session.leave_call()
         return result
+
+    def _run(self, session: Session, args: Sequence[Any]) -> Any:
+        return self._steps.run(session, args) if self.config.cuda_graphs else self.forward(*args)
 
     def forward(self, *args: Any) -> Any:
         """The regions and sites in order."""
@@ -164,6 +177,8 @@ class CompiledGraph:
             session.claimed_by = caller
         session.configure(self.config)
         session.specs = self.specs
+        batched = [(args[index], dim) for index, dim in self.batch_inputs]
+        session.sharing.unequal_inputs = partial(_unequal_inputs, batched) if batched else None
 
     def _announced(self, session: Session, args: Sequence[Any]) -> int:
         """Tokens that a chunked prompt will reach, or 0 where the call does not tell.
@@ -323,6 +338,11 @@ def _is_called_by_generate() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _unequal_inputs(batched: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    found = [unequal_neighbours(value, dim) for value, dim in batched]
+    return torch.stack([flags.to(found[0].device) for flags in found]).any(0)
 
 
 class _SiteCall(torch.nn.Module):

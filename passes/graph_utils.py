@@ -96,3 +96,16 @@ def written(node: Node) -> list[Argument]:
 def has_effect(node: Node) -> bool:
     """Whether ``node`` must stay although nothing uses its result."""
     return node.is_impure() or bool(written(node))
+
+
+def writes_inputs(gm: GraphModule) -> bool:
+    """Whether ``gm`` may write a tensor that is there before the call: an input or a buffer."""
+    given: set[Node] = set()
+    for node in gm.graph.nodes:
+        # Any first argument may be what the result is a view of.
+        source = node.args[0] if node.args else None
+        if node.op in ("placeholder", "get_attr") or source in given:
+            given.add(node)
+        if any(argument in given for argument in written(node) if isinstance(argument, Node)):
+            return True
+    return False

@@ -10,6 +10,7 @@ from headinfer_compile.runtime.attention import AttentionRequest, Kernel, select
 from headinfer_compile.runtime.expand import attend_expanded, rows_within
 from headinfer_compile.runtime.masks import block_mask
 from headinfer_compile.runtime.merge import fold_sinks, merge_
+from headinfer_compile.runtime.rows import attend_shared
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.spec import SiteSpec
 from headinfer_compile.runtime.step import NEW, NEW_PREFIX, TAIL, Step
@@ -133,16 +134,27 @@ def _attend(
             q, k, v, scale=spec.scale, causal=causal, mask=mask, soft_cap=spec.soft_cap
         )
 
-    if spec.expand is None:
-        return run(q, k, v, causal, mask)
-    piece = rows_within(
-        int(session.config.workspace_bytes) // 2,
-        spec.expand,
-        q.shape[0],
-        spec.head_dim + spec.v_head_dim,
-        k.dtype.itemsize,
-    )
-    return attend_expanded(run, spec.expand, masks, q, k, v, causal=causal, mask=mask, rows=piece)
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if spec.expand is None:
+            return run(q, k, v, causal, mask)
+        piece = rows_within(
+            int(session.config.workspace_bytes) // 2,
+            spec.expand,
+            k.shape[0],
+            spec.head_dim + spec.v_head_dim,
+            k.dtype.itemsize,
+        )
+        return attend_expanded(
+            run, spec.expand, masks, q, k, v, causal=causal, mask=mask, rows=piece
+        )
+
+    if span >= 0:
+        batch_rows = session.kv_blocks(spec)[span].batch_rows
+        if batch_rows != tuple(range(k.shape[0])):
+            return attend_shared(batch_rows, q, k, v, mask, attend)
+    return attend(q, k, v, mask)
 
 
 def attend(

@@ -37,10 +37,14 @@ class BlockPlan:
     """Blocks so far."""
     on_host: bool = False
     """Whether a block is on the host; then all later ones are."""
+    stored_bytes: int | None = None
+    """KV bytes of one token in all layers where batch rows share; None: none do."""
 
     @property
     def token_bytes(self) -> int:
-        """KV bytes of one token in all layers."""
+        """KV bytes of one token in all layers, as stored."""
+        if self.stored_bytes is not None:
+            return self.stored_bytes
         return self.layer_token_bytes * self.num_layers
 
     def tokens_of(self, index: int) -> int:

@@ -18,9 +18,11 @@ import torch
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import CacheError
 from headinfer_compile.runtime.attention import AttentionRequest, Kernel
+from headinfer_compile.runtime.batch import Sharing, open_rows, rows_to_store
 from headinfer_compile.runtime.caller import Caller
 from headinfer_compile.runtime.counters import Counters
 from headinfer_compile.runtime.paged import PagedTables, is_supported
+from headinfer_compile.runtime.rows import Rows
 from headinfer_compile.runtime.sizes import query_bytes, query_chunk
 from headinfer_compile.runtime.slots import NEVER_USED
 from headinfer_compile.runtime.spec import SiteSpec
@@ -28,11 +30,10 @@ from headinfer_compile.runtime.step import (
     DECODE_MAX_QUERIES,
     KVBlock,
     Phase,
-    Piece,
     Step,
     group_blocks,
     padding_masks_anything,
-    split_rows,
+    pieces_of,
 )
 from headinfer_compile.runtime.store import SessionOptions, Store
 
@@ -65,6 +66,7 @@ class Session(Store):
         """Schedules loaded by the user, by plan key; they run instead of the built ones."""
         self.plans: dict[Any, Any] = {}
         """The schedules of the compiled call that is running, by class of sites."""
+        self.sharing = Sharing()
         self.max_positions: int | None = None
         """Tokens that the model was made for; one warning is given beyond."""
         self._unsettled = False
@@ -108,6 +110,7 @@ class Session(Store):
         self._caller.check()
         if self._unsettled:
             self.abort()
+        self.sharing.settle(self)
         self._caller.enter()
         self.plans.clear()
 
@@ -148,15 +151,25 @@ class Session(Store):
 
     def start(self, k: torch.Tensor, v: torch.Tensor, past: int, activation_bytes: int) -> Step:
         """Bind the geometry and begin a step; raises as ``bind`` and ``begin``."""
+        self.sharing.settle(self)
         if self.geometry not in (None, self.geometry_of(k, v)) and self.length == 0:
             # Nothing is held, so another batch or dtype may take the cache over.
             self.drain()
             self.free()
         self.bind(k, v, activation_bytes)
-        return self.begin(past, k.shape[2])
+        groups = rows_to_store(self, past, k.shape[2])
+        step = self.begin(past, k.shape[2], groups)
+        if groups is not None:
+            step.unequal = torch.zeros(len(groups) - 1, dtype=torch.bool, device=k.device)
+        return step
 
-    def begin(self, past: int, new: int) -> Step:
+    def begin(self, past: int, new: int, groups: Rows | None = None) -> Step:
         """Start a forward pass of ``new`` tokens after ``past`` cached ones.
+
+        Args:
+            past: Tokens cached before.
+            new: New tokens.
+            groups: Canonical map of the rows to store in pages; None: one for each batch row.
 
         Raises:
             CacheError: ``past`` is more than the cache holds, or another thread or
@@ -187,24 +200,17 @@ class Session(Store):
         phase: Phase = "decode" if new <= DECODE_MAX_QUERIES else "prefill"
         regular = new == self.regular_chunk
         step = Step(past, new, stored, phase, appends, flushes, (), regular)
-        self.check_announced()
+        self.check_announced(None if groups is None else len(set(groups)))
         if step.stored_after > stored:
-            self.table.ensure(step.stored_after)
-            step.pieces = self._pieces(step)
+            step.groups = tuple(range(self.geometry.batch)) if groups is None else groups
+            open_rows(self, stored, step.groups)
+            self.table.ensure(step.stored_after, step.groups)
+            limit = self.staging_tokens(self.geometry)
+            step.pieces = pieces_of(step, self.table.blocks, limit)
         if not appends:
             self.make_staging()
         self.step = step
         return step
-
-    def _pieces(self, step: Step) -> tuple[Piece, ...]:
-        blocks = self.table.blocks
-        if step.appends:
-            rows = step.tail_rows + step.new
-            return tuple(split_rows("tail", rows, step.stored, rows, blocks))
-        assert self.geometry is not None
-        limit = self.staging_tokens(self.geometry)
-        old = split_rows("tail", step.tail_rows, step.stored, max(1, step.tail_rows), blocks)
-        return (*old, *split_rows("new", step.new, step.past, limit, blocks))
 
     def commit(self) -> None:
         """Make the step's tokens part of the cache."""
@@ -216,7 +222,7 @@ class Session(Store):
         self.step, self._unsettled = None, False
         # A prefill chunk is mostly followed by another; after that only the tail is written back.
         if step.phase == "prefill":
-            self.prepare_chunk(self.length, step.new)
+            self.prepare_chunk(self.length, step.new, len(set(step.groups)) or None)
         elif step.flushes or step.tail_rows == 0:
             self.table.prepare(max(self.length + self.tail.tokens, self.reserved))
 
@@ -290,6 +296,7 @@ class Session(Store):
         return (
             step.new == 1
             and self._is_plain(spec)
+            and all(block.is_plain for block in self.table.blocks if block.tier == "gpu")
             and not any(step.padding.values())
             and is_supported(geometry)
         )
@@ -301,7 +308,7 @@ class Session(Store):
             and self.step is None
             and past == self.length
             and self.tail_rows + 1 < self.tail.tokens
-            and all(block.tier == "gpu" for block in self.table.blocks)
+            and all(block.tier == "gpu" and block.is_plain for block in self.table.blocks)
             and all(self._is_plain(spec) for spec in self.specs)
             and is_supported(self.geometry)
         )
@@ -359,6 +366,7 @@ class Session(Store):
 
     def crop(self, count: int) -> None:
         """Drop the newest ``count`` tokens."""
+        self.sharing.settle(self)
         if self.geometry is not None and count != 0:
             stored, length = self.length - self.tail_rows, self.length - count
             self._return_to(length, max(0, length - stored))
@@ -378,7 +386,7 @@ class Session(Store):
         """Hold no tokens; buffers stay."""
         self.crop(self.length)
         self.counters, self.reserved = Counters(), 0
-        self._known_columns, self._column_padded = 0, False
+        self._known_columns, self._column_padded, self.sharing = 0, False, Sharing()
 
     def close(self) -> None:
         """Wait for the copies in flight and give all memory back."""

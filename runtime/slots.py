@@ -51,7 +51,7 @@ class SlotRing:
             for row in rows
         ]
         self._transfers = 0
-        self._views: dict[tuple[int, int, int], Views] = {}
+        self._views: dict[tuple[int, int, int, int], Views] = {}
 
     def acquire(self, index: int, after: int, tag: tuple[object, ...]) -> tuple[int, Slot]:
         """Claim slot ``index`` for a new transfer; the one before was released as ``after``.
@@ -83,13 +83,14 @@ class SlotRing:
             f"transfer {transfer} is in no slot: it was overwritten or released before its last use"
         )
 
-    def view(self, index: int, heads: int, tokens: int) -> Views:
-        """Slot ``index`` as K ``[heads, B, tokens, D]`` and V ``[heads, B, tokens, Dv]``."""
-        key = (index, heads, tokens)
+    def view(self, index: int, heads: int, rows: int, tokens: int) -> Views:
+        """Slot ``index`` as K ``[heads, rows, tokens, D]`` and V ``[heads, rows, tokens, Dv]``."""
+        key = (index, heads, rows, tokens)
         if key not in self._views:
             if len(self._views) > 256:
                 self._views.clear()
-            self._views[key] = kv_views(self.slots[index].buffer, self.geometry, heads, tokens)
+            geometry = self.geometry.with_batch(rows)
+            self._views[key] = kv_views(self.slots[index].buffer, geometry, heads, tokens)
         return self._views[key]
 
     def forget(self) -> None:

@@ -5,7 +5,7 @@ Legend: B batch, L layers, Hq query heads, Hkv KV heads, D head dim of K, Dv hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,10 @@ class Geometry:
     def token_bytes(self) -> int:
         """Bytes of all layers for one token."""
         return self.num_layers * self.layer_token_bytes
+
+    def with_batch(self, rows: int) -> Geometry:
+        """The same with ``rows`` batch rows."""
+        return replace(self, batch=rows)
 
 
 @dataclass(frozen=True)

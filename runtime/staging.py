@@ -32,14 +32,16 @@ class StagingRing:
         self._next = (self._next + 1) % STAGING_SLOTS
         return self._next
 
-    def views(self, index: int, offset: int, rows: int) -> Views:
-        """Rows ``[offset, offset + rows)`` of a piece, as a page-layout buffer of their own.
+    def views(self, index: int, offset: int, rows: int, batch: int | None = None) -> Views:
+        """Tokens ``[offset, offset + rows)`` of a piece, as a page-layout buffer of their own.
 
-        Each segment of a piece is contiguous by itself, so one that fills a page is one run.
+        Each segment of a piece is contiguous by itself, so one that fills a page is one run. It
+        holds the ``batch`` rows that are stored; None: as many as the cache has.
         """
         per_token = self.geometry.layer_token_bytes // self.geometry.dtype.itemsize
         buffer = self._buffers[index, offset * per_token : (offset + rows) * per_token]
-        return kv_views(buffer, self.geometry, self.geometry.num_kv_heads, rows)
+        geometry = self.geometry if batch is None else self.geometry.with_batch(batch)
+        return kv_views(buffer, geometry, geometry.num_kv_heads, rows)
 
 
 class Tail:
@@ -56,6 +58,14 @@ class Tail:
         self.layers: list[Views] = [
             kv_views(row, geometry, geometry.num_kv_heads, tokens) for row in buffer.unbind()
         ]
+        k, v = (
+            buffer.as_strided(
+                (len(buffer), *x.shape), (buffer.stride(0), *x.stride()), x.storage_offset()
+            )
+            for x in self.layers[0]
+        )
+        self.all_layers: Views = (k, v)
+        """K ``[L, Hkv, B, W, D]`` and V of every layer."""
         self.packed: Event = streams.new_event("tail.packed")
         self.copied: list[Event] = [
             streams.new_event("tail.copied") for _ in range(geometry.num_layers)

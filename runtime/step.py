@@ -10,6 +10,7 @@ import torch
 
 from headinfer_compile.runtime.masks import visible_range
 from headinfer_compile.runtime.pages import TokenBlock
+from headinfer_compile.runtime.rows import Rows, on_host
 from headinfer_compile.runtime.spec import SiteSpec
 
 Phase = Literal["prefill", "decode"]
@@ -60,12 +61,16 @@ class KVBlock:
     start: int
     rows: int
     pages: tuple[tuple[TokenBlock, int], ...]
-    """Token blocks with the rows valid in each."""
+    """Token blocks with the tokens valid in each."""
+    batch_rows: Rows
+    """The row of the block's K and V that each batch row reads."""
 
     @property
     def tag(self) -> tuple[object, ...]:
         """What a slot filled from this block holds, apart from layer and heads."""
-        return tuple((block.index, block.version, rows) for block, rows in self.pages)
+        return tuple(
+            (block.index, block.version, rows, block.stored_rows) for block, rows in self.pages
+        )
 
 
 @dataclass
@@ -84,6 +89,10 @@ class Step:
     pieces: tuple[Piece, ...]
     regular: bool
     """Whether ``new`` is the chunk size that most chunks have."""
+    groups: Rows = ()
+    """Canonical map of the rows that the step stores in pages."""
+    unequal: torch.Tensor | None = None
+    """``rows.far_neighbours`` of all K and V so far, where rows share what is stored."""
     query_chunk: dict[int, int] = field(default_factory=dict)
     """Tokens of a query chunk, by spec."""
     padding: dict[int, bool] = field(default_factory=dict)
@@ -105,6 +114,14 @@ class Step:
         if self.appends and not self.flushes:
             return self.stored
         return self.past + self.new
+
+    def rows_hold(self) -> bool:
+        """Whether K and V were equal in the rows that share; the host waits."""
+        if self.unequal is None:
+            return True
+        flags = enumerate(on_host(self.unequal))
+        groups = self.groups
+        return not any(differs and groups[row] == groups[row + 1] for row, differs in flags)
 
     def is_common_length(self, rows: int) -> bool:
         """Whether KV spans of ``rows`` rows are met often enough for a kernel that plans per shape.
@@ -142,12 +159,22 @@ def split_rows(
     return pieces
 
 
+def pieces_of(step: Step, blocks: Sequence[TokenBlock], limit: int) -> tuple[Piece, ...]:
+    """What a step writes to pages: the tail, then new rows in pieces of at most ``limit`` rows."""
+    if step.appends:
+        rows = step.tail_rows + step.new
+        return tuple(split_rows("tail", rows, step.stored, rows, blocks))
+    old = split_rows("tail", step.tail_rows, step.stored, max(1, step.tail_rows), blocks)
+    return (*old, *split_rows("new", step.new, step.past, limit, blocks))
+
+
 def group_blocks(
     step: Step, spec: SiteSpec, table: Sequence[TokenBlock], slot_tokens: int
 ) -> tuple[KVBlock, ...]:
     """KV blocks of the pages that some query of the step can see: resident first, then host's.
 
-    Resident pages are blocks of their own; host pages are joined up to ``slot_tokens`` tokens.
+    Resident pages are blocks of their own; host pages are joined up to ``slot_tokens`` tokens where
+    the same batch rows share.
     """
     low, high = visible_range(spec.mask, past=step.past, q_start=0, q_stop=step.new)
     resident: list[KVBlock] = []
@@ -157,7 +184,8 @@ def group_blocks(
     def close_run() -> None:
         if run:
             rows = sum(count for _, count in run)
-            host.append(KVBlock("host", run[0][0].start, rows, tuple(run)))
+            first = run[0][0]
+            host.append(KVBlock("host", first.start, rows, tuple(run), first.groups))
             run.clear()
 
     for block in table:
@@ -167,9 +195,10 @@ def group_blocks(
         if block.start + rows <= low or block.start >= high:
             continue
         if block.tier == "gpu":
-            resident.append(KVBlock("gpu", block.start, rows, ((block, rows),)))
+            resident.append(KVBlock("gpu", block.start, rows, ((block, rows),), block.rows))
             continue
-        if sum(count for _, count in run) + rows > slot_tokens:
+        full = sum(count for _, count in run) + rows > slot_tokens
+        if full or (run and run[0][0].groups != block.groups):
             close_run()
         run.append((block, rows))
     close_run()

@@ -250,24 +250,27 @@ class Store:
             )
         self.reserved = tokens
 
-    def check_announced(self) -> None:
+    def check_announced(self, num_rows: int | None) -> None:
         """Refuse a prompt whose end does not fit, before anything is computed for it.
+
+        Args:
+            num_rows: Rows that are stored of each token; None: one for each batch row.
 
         Raises:
             DoesNotFitError: The budgets do not hold it.
         """
         if self.announced > self.reserved:
-            self.table.plan(self.announced)
+            self.table.plan(self.announced, num_rows)
             self.reserved = self.announced
 
-    def prepare_chunk(self, length: int, tokens: int) -> None:
+    def prepare_chunk(self, length: int, tokens: int, num_rows: int | None) -> None:
         """Make slabs for what was announced, or for another chunk of ``tokens`` after ``length``.
 
         A chunk that would be refused is not known to come, so that it is only warned of.
         """
         if self.reserved > length:
-            self.table.prepare(self.reserved)
-        elif not self.table.prepare(length + tokens):
+            self.table.prepare(self.reserved, num_rows)
+        elif not self.table.prepare(length + tokens, num_rows):
             log.warning(
                 "there is room for %d tokens and the cache holds %d: another chunk of %d does not "
                 "fit and would be refused",
@@ -299,6 +302,13 @@ class Store:
     def written_event(self, layer: int) -> Event:
         """Recorded on d2h after the last offload of a layer."""
         return self._written[layer]
+
+    def rebind(self, geometry: Geometry, tail: Tail) -> None:
+        """Go on with another batch and a tail for it; no copy is under way."""
+        self.slots = self.staging = self._paged = None
+        self.generation += 1
+        self.geometry = self.table.geometry = geometry
+        self.tail = tail
 
     def free(self) -> None:
         """Wait for the copies in flight and give all memory back; ``bind`` may follow."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from headinfer_compile.runtime.copies import copy_kv
+from headinfer_compile.runtime.rows import Rows, far_neighbours, first_readers, take_rows
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.step import APPEND, Piece
 
@@ -23,6 +24,27 @@ def _heads_first(views: Views) -> Views:
 def _assign(target: Views, source: Views) -> None:
     target[0].copy_(source[0])
     target[1].copy_(source[1])
+
+
+def _stored(views: Views, rows: Rows) -> Views:
+    """Rows of the batch dim of page-layout views."""
+    return take_rows(views[0], rows, 1), take_rows(views[1], rows, 1)
+
+
+def _copy_rows(
+    target: Views, source: Views, target_rows: Rows, source_rows: Rows, raw: int | None
+) -> int:
+    """Copy rows of the batch dim between host and device: in one go where each side is all rows."""
+    whole = all(
+        rows == tuple(range(views[0].shape[1]))
+        for views, rows in ((target, target_rows), (source, source_rows))
+    )
+    if whole:
+        return copy_kv(target, source, raw)
+    return sum(
+        copy_kv(_stored(target, (to,)), _stored(source, (origin,)), raw)
+        for to, origin in zip(target_rows, source_rows, strict=True)
+    )
 
 
 def pack(session: Session, layer: int, k: torch.Tensor, v: torch.Tensor, piece: int) -> int:
@@ -44,6 +66,10 @@ def pack(session: Session, layer: int, k: torch.Tensor, v: torch.Tensor, piece: 
     part = step.pieces[piece]
     source = tail.layers[layer] if part.source == "tail" else new
     source = _rows(source, part.start, part.start + part.rows)
+    readers = first_readers(step.groups)
+    if step.unequal is not None:
+        step.unequal |= far_neighbours(*_heads_first(source))
+    source = _stored(source, readers)
     index = -1
     if part.source == "new" and part.to_host:
         assert session.staging is not None
@@ -52,11 +78,12 @@ def pack(session: Session, layer: int, k: torch.Tensor, v: torch.Tensor, piece: 
     for segment in part.segments:
         rows = _rows(source, segment.offset, segment.offset + segment.rows)
         if segment.block.tier == "gpu":
-            page = segment.block.pages[layer]
+            page = _stored(segment.block.pages[layer], tuple(range(len(readers))))
             _assign(_rows(page, segment.row, segment.row + segment.rows), rows)
         elif index >= 0:
             assert session.staging is not None
-            _assign(session.staging.views(index, segment.offset, segment.rows), rows)
+            staged = session.staging.views(index, segment.offset, segment.rows, len(readers))
+            _assign(staged, rows)
     if part.to_host:
         event = tail.packed if index < 0 else session.staging.packed[index]  # type: ignore[union-attr]
         streams.record(event, "compute")
@@ -76,6 +103,7 @@ def offload(session: Session, layer: int, packed: int) -> int:
     packed_event = session.tail.packed if index < 0 else staging.packed[index]  # type: ignore[union-attr]
     streams.wait(packed_event, "d2h")
     raw = streams.raw("d2h") if streams.is_cuda else None
+    stored = tuple(range(len(set(step.groups))))
     with streams.on("d2h"):
         for segment in part.segments:
             if segment.block.tier != "host":
@@ -84,10 +112,12 @@ def offload(session: Session, layer: int, packed: int) -> int:
                 first = part.start + segment.offset
                 source = _rows(session.tail.layers[layer], first, first + segment.rows)
             else:
-                source = staging.views(index, segment.offset, segment.rows)  # type: ignore[union-attr]
+                source = staging.views(  # type: ignore[union-attr]
+                    index, segment.offset, segment.rows, len(stored)
+                )
             page = segment.block.pages[layer]
             target = _rows(page, segment.row, segment.row + segment.rows)
-            session.counters.d2h_bytes += copy_kv(target, source, raw)
+            session.counters.d2h_bytes += _copy_rows(target, source, stored, stored, raw)
     copied = session.tail.copied[layer] if index < 0 else staging.copied[index]  # type: ignore[union-attr]
     streams.record(copied, "d2h")
     streams.record(session.written_event(layer), "d2h")
@@ -109,7 +139,7 @@ def _group(session: Session, spec: int, group: int) -> slice:
 
 
 def resident(session: Session, layer: int, spec: int, group: int, block: int, packed: int) -> Views:
-    """K and V ``[B, g, rows, D]`` of a KV block on the GPU."""
+    """K and V ``[R, g, rows, D]`` of a KV block on the GPU."""
     kv_block = session.kv_blocks(session.specs[spec])[block]
     (token_block, rows) = kv_block.pages[0]
     heads = _group(session, spec, group)
@@ -135,14 +165,21 @@ def prefetch(
     transfer, target = ring.acquire(index, after, (layer, heads.start, heads.stop, kv_block.tag))
     streams.wait(target.freed, "h2d")
     streams.wait(session.written_event(layer), "h2d")
-    views = ring.view(index, heads.stop - heads.start, kv_block.rows)
+    batch = len(set(kv_block.batch_rows))
+    views = ring.view(index, heads.stop - heads.start, batch, kv_block.rows)
     raw = streams.raw("h2d") if streams.is_cuda else None
     with streams.on("h2d"):
         at = 0
         for token_block, rows in kv_block.pages:
             k, v = token_block.pages[layer]
             source = (k[heads, :, :rows], v[heads, :, :rows])
-            session.counters.h2d_bytes += copy_kv(_rows(views, at, at + rows), source, raw)
+            session.counters.h2d_bytes += _copy_rows(
+                _rows(views, at, at + rows),
+                source,
+                tuple(range(batch)),
+                token_block.stored_rows,
+                raw,
+            )
             at += rows
     streams.record(target.filled, "h2d")
     target.views = _heads_first(views)
@@ -217,9 +254,9 @@ def _gather(session: Session, layer: int, k: torch.Tensor, v: torch.Tensor) -> V
         rows = min(block.tokens, step.stored - block.start)
         for whole, page in zip(full, block.pages[layer], strict=True):
             for head in range(page.shape[0] if rows > 0 else 0):
-                for row in range(page.shape[1]):
+                for row, stored in enumerate(block.rows):
                     target = whole[row, head, block.start : block.start + rows]
-                    target.copy_(page[head, row, :rows], non_blocking=True)
+                    target.copy_(page[head, stored, :rows], non_blocking=True)
                     if block.tier == "host":
                         session.counters.h2d_bytes += target.nbytes
     old = _heads_first(_rows(session.tail.layers[layer], 0, step.tail_rows))

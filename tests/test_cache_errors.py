@@ -212,11 +212,14 @@ def test_copies(
     assert_intact(llama, seed, used)
 
 
-def test_beams(llama: CompiledModel, seed: int, used: tuple[HeadInferCache, Tensor]) -> None:
-    with pytest.raises(CacheError, match="does not do yet: use num_beams=1, or a DynamicCache"):
-        used[0].reorder_cache(torch.tensor([1]))
-    with pytest.raises(CacheError, match="cannot repeat batch rows"):
-        used[0].batch_repeat_interleave(2)
+def test_rows_that_there_are_not(
+    llama: CompiledModel, seed: int, used: tuple[HeadInferCache, Tensor]
+) -> None:
+    for rows in ([1], [0, -2], []):
+        with pytest.raises(CacheError, match=r"the cache holds rows 0 to 0: nothing was changed"):
+            used[0].reorder_cache(torch.tensor(rows, dtype=torch.int64))
+    with pytest.raises(CacheError, match=r"batch_repeat_interleave\(0\): expected a count"):
+        used[0].batch_repeat_interleave(0)
     used[0].reorder_cache(torch.tensor([0]))
     assert_intact(llama, seed, used)
 

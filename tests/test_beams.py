@@ -1,0 +1,264 @@
+"""Beams and samples of one prompt: equal tokens, and the bytes of one row for what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness import (
+    MAX_LOGIT_DIFFERENCE,
+    CompiledModel,
+    clean_dynamo,
+    dynamo_graphs,
+    generate,
+    random_ids,
+    tiny_llama,
+)
+from headinfer_compile import HeadInferCache
+from headinfer_compile.simulator import simulated
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def llama(run_seed: int) -> Iterator[CompiledModel]:
+    """One compiled model with 3 KV heads for all tests of this module."""
+    with clean_dynamo():
+        yield CompiledModel(tiny_llama(run_seed))
+
+
+def beams(
+    model: Any, ids: Tensor, cache: Any, num_beams: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Sequences and their scores."""
+    out = model.generate(
+        ids, past_key_values=cache, num_beams=num_beams, return_dict_in_generate=True,
+        output_scores=True, pad_token_id=97,
+        **{"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **options},
+    )  # fmt: skip
+    return out.sequences, out.sequences_scores
+
+
+def check_beams(
+    m: CompiledModel,
+    seed: int,
+    cache: HeadInferCache,
+    num_beams: int,
+    tokens: int = 90,
+    **options: Any,
+) -> None:
+    ids = random_ids(seed, tokens, options.pop("batch", 1))
+    sampled = options.get("do_sample", False)
+    torch.manual_seed(seed)
+    want, want_scores = beams(m.resident, ids, m.resident_cache(), num_beams, **options)
+    torch.manual_seed(seed)
+    got, scores = beams(m.model, ids, cache, num_beams, **options)
+    assert torch.equal(got, want), "sampled" if sampled else "searched"
+    assert float((scores - want_scores).abs().max()) <= MAX_LOGIT_DIFFERENCE
+    m.assert_streamed(cache)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("chunk", [40, pytest.param(None, marks=pytest.mark.slow)])
+def test_beam_search(llama: CompiledModel, seed: int, chunk: int | None) -> None:
+    options = {} if chunk is None else {"prefill_chunk_size": chunk}
+    check_beams(llama, seed, llama.cache(), 4, **options)
+
+
+def test_beams_of_several_prompts_and_returned_beams(llama: CompiledModel, seed: int) -> None:
+    check_beams(llama, seed, llama.cache(), 3, batch=2, num_return_sequences=2)
+
+
+@pytest.mark.slow
+def test_sampled_beams(llama: CompiledModel, seed: int) -> None:
+    check_beams(llama, seed, llama.cache(tail_tokens=3), 3, do_sample=True, top_k=20)
+
+
+LAYOUTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"gpu_budget": 40_000, "tail_tokens": 1}, {"num_slots": 3}),
+    ({"gpu_budget": 1 << 30}, {}),
+    ({"page_tokens": 64, "tail_tokens": 5}, {"head_group": 1}),
+    ({"page_tokens": 32}, {"workspace_bytes": 16000, "slot_tokens": 96}),
+]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [LAYOUTS[0], *(pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:])],
+)
+def test_beams_in_all_layouts(
+    llama: CompiledModel, seed: int, sizes: dict[str, Any], options: dict[str, Any]
+) -> None:
+    llama.use(**options)
+    ids = random_ids(seed, 70)
+    cache = llama.cache(**sizes)
+    want = beams(llama.resident, ids, llama.resident_cache(), 4, max_new_tokens=30)
+    got = beams(llama.model, ids, cache, 4, max_new_tokens=30)
+    assert torch.equal(got[0], want[0])
+    llama.assert_streamed(cache, resident=sizes.get("gpu_budget") == 1 << 30)
+    llama.use()
+
+
+def test_samples_of_one_prompt(llama: CompiledModel, seed: int) -> None:
+    """``num_return_sequences``: the prompt is stored once and streamed once for all of them."""
+    llama.use(disable_passes=("hoist_prefetch",))
+    ids = random_ids(seed, 128)
+    options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 4, "top_k": 30}
+    torch.manual_seed(seed)
+    want = generate(llama.resident, ids, llama.resident_cache(), NEW, **options)
+    cache = llama.cache(tail_tokens=32)
+    torch.manual_seed(seed)
+    got = generate(llama.model, ids, cache, NEW, prefill_chunk_size=70, **options)
+    assert torch.equal(got.tokens, want.tokens)
+    assert len({tuple(row) for row in got.tokens.tolist()}) > 1
+    stats = llama.assert_streamed(cache)
+    # One chunk is read by the second chunk, the whole prompt by each token after the first.
+    assert stats.h2d_bytes == (70 + (NEW - 1) * 128) * llama.token_bytes
+    assert stats.d2h_bytes == stats.host_bytes == 128 * llama.token_bytes
+    assert stats.kv_bytes == 4 * (128 + NEW - 1) * llama.token_bytes
+    llama.use()
+
+
+def logits(m: CompiledModel, ids: Tensor, cache: Any) -> Tensor:
+    """The logits of one direct call."""
+    return m.forward(ids, cache, ids.shape[1])
+
+
+def assert_rows(got: Tensor, m: CompiledModel, ids: Tensor) -> None:
+    """Assert the last logits of conversations, each computed by itself."""
+    for row, conversation in enumerate(ids):
+        want = logits(m, conversation[None], m.resident_cache())[:, -got.shape[1] :]
+        assert float((got[row] - want).abs().max()) <= MAX_LOGIT_DIFFERENCE
+
+
+def test_rows_of_the_batch_in_any_order(llama: CompiledModel, seed: int) -> None:
+    """Reorder, select and repeat rows between steps; every row goes on as its own conversation."""
+    ids = torch.cat([random_ids(seed, 70).expand(3, -1), random_ids(seed + 1, 70)])
+    cache = llama.cache(tail_tokens=4)
+    assert_rows(logits(llama, ids, cache), llama, ids)
+    assert cache.stats().host_bytes == 2 * 80 * llama.token_bytes
+    changes: list[tuple[str, Any, list[int]]] = [
+        ("reorder_cache", torch.tensor([2, 0, 3, 3], dtype=torch.int32), [2, 0, 3, 3]),
+        ("reorder_cache", torch.tensor([1, 1, 0, 2]), [1, 1, 0, 2]),
+        ("batch_select_indices", torch.tensor([3, 0]), [3, 0]),
+        ("batch_repeat_interleave", 3, [0, 0, 0, 1, 1, 1]),
+        ("batch_select_indices", torch.tensor([True, False, False, True, True, False]), [0, 3, 4]),
+        ("reorder_cache", torch.tensor([2, 1, 0]), [2, 1, 0]),
+    ]
+    for number, (method, argument, rows) in enumerate(changes):
+        getattr(cache, method)(argument)
+        assert cache.batch_size == len(rows)
+        # One token each time, then a few at once; pages and tail are filled on the way.
+        new = random_ids(seed + number, 1 if number % 2 else 3, len(rows))
+        ids = torch.cat([ids[rows], new], 1)
+        assert_rows(logits(llama, new, cache), llama, ids)
+    new = random_ids(seed, 30, 3)
+    ids = torch.cat([ids, new], 1)
+    assert_rows(logits(llama, new, cache), llama, ids)
+    llama.assert_streamed(cache)
+
+
+def test_one_prompt_read_once_for_all_beams(llama: CompiledModel, seed: int) -> None:
+    """Prefill with one row, then repeat it: nothing is copied, and the beams share the prompt."""
+    ids = random_ids(seed, 97)
+    cache = llama.cache(tail_tokens=24)
+    logits(llama, ids[:, :96], cache)
+    cache.batch_repeat_interleave(4)
+    want = beams(llama.resident, ids, llama.resident_cache(), 4)
+    got = beams(llama.model, ids, cache, 4)
+    assert torch.equal(got[0], want[0])
+    stats = llama.assert_streamed(cache)
+    assert stats.host_bytes == stats.d2h_bytes == 96 * llama.token_bytes
+    page = 16 * llama.token_bytes // llama.layers
+    # The transfers that the last step has started for the next one are all that is read besides.
+    assert 0 <= stats.h2d_bytes - NEW * 96 * llama.token_bytes <= 2 * page
+    # Back to the prompt, with one row again.
+    cache.crop(96 - cache.get_seq_length())
+    cache.batch_select_indices(torch.tensor([2]))
+    assert_rows(logits(llama, ids[:, 96:], cache), llama, ids)
+
+
+class _Uneven(torch.nn.Module):
+    """Treats each row of the batch in another way."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1 + torch.arange(x.shape[0], device=x.device) / 100
+        return self.inner(x) * scale[:, None, None]  # type: ignore[no-any-return]
+
+
+def test_a_model_that_treats_equal_rows_unlike(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The K and V of the first layer are equal and those of the second are not."""
+    m = CompiledModel(tiny_llama(seed))
+    for model in (m.model, m.resident):
+        layer: Any = model.model.layers[1]
+        layer.input_layernorm = _Uneven(layer.input_layernorm)
+    ids = random_ids(seed, 60).expand(3, -1)
+    cache, resident = m.cache(), m.resident_cache()
+    for part in (ids[:, :40], ids[:, 40:], ids[:, :1]):
+        got, want = logits(m, part, cache), logits(m, part, resident)
+        assert float((got - want).abs().max()) <= MAX_LOGIT_DIFFERENCE
+        assert float((got[0] - got[2]).abs().max()) > 100 * MAX_LOGIT_DIFFERENCE
+    assert "call is made again" in caplog.text
+    assert m.assert_streamed(cache).host_bytes >= 3 * 60 * m.token_bytes
+
+
+def test_rows_that_differ_only_in_their_mask(llama: CompiledModel, seed: int) -> None:
+    """Equal tokens under unlike padding are no equal rows."""
+    ids = random_ids(seed, 50).expand(2, -1)
+    mask = torch.ones(2, 50, dtype=torch.int64)
+    mask[1, :7] = 0
+    cache = llama.cache()
+    run = generate(llama.model, ids, cache, 4, attention_mask=mask)
+    oracle = generate(llama.resident, ids, llama.resident_cache(), 4, attention_mask=mask)
+    assert torch.equal(run.tokens, oracle.tokens)
+    assert llama.assert_streamed(cache).host_bytes >= 2 * 50 * llama.token_bytes
+
+
+def turns(m: CompiledModel, cache: HeadInferCache, seed: int) -> list[Tensor]:
+    """Logits of a prompt of three equal rows and of steps with reorders between them."""
+    rows = torch.Generator().manual_seed(seed)
+    found = []
+
+    def step(ids: Tensor) -> None:
+        # Nothing may be computed from the logits: in a simulation they may not be there yet.
+        with torch.no_grad():
+            found.append(m.model(ids, past_key_values=cache, use_cache=True).logits)
+
+    step(random_ids(seed, 40).expand(3, -1))
+    for number in range(9):
+        step(random_ids(seed + number, 12 if number == 6 else 1, 3))
+        cache.reorder_cache(torch.randint(0, 3, (3,), generator=rows))
+    cache.batch_repeat_interleave(2)
+    for number in range(3):
+        step(random_ids(seed + number, 1, 6))
+    return found
+
+
+def test_rows_in_any_order_of_the_streams(llama: CompiledModel, seed: int) -> None:
+    """Tags and page lifetimes hold when rows change: bitwise the same in every order."""
+    sizes = {"tail_tokens": 3, "page_tokens": 8}
+    with llama.cache(**sizes) as cache:
+        wanted = turns(llama, cache, seed)
+    for order in range(4):
+        with llama.cache(**sizes) as cache:
+            with simulated(cache, seed=order, synchronize=bool(order % 2)) as simulation:
+                found = turns(llama, cache, seed)
+            assert simulation.edges["compute waits for slot.filled"] > 10
+        assert all(map(torch.equal, found, wanted)), f"seed {order}"
+
+
+def test_beams_compile_nothing_new(llama: CompiledModel, seed: int) -> None:
+    """The graphs of a batch serve any number of beams."""
+    check_beams(llama, seed, llama.cache(), 2, tokens=70)
+    compiled = dynamo_graphs()
+    for num_beams, tokens in ((3, 81), (5, 70), (4, 95)):
+        check_beams(llama, seed, llama.cache(), num_beams, tokens=tokens)
+        assert dynamo_graphs() == compiled
