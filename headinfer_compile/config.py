@@ -95,8 +95,10 @@ class HeadInferConfig:
     KV is streamed again, rather than exceed it."""
     cuda_graphs: bool = False
     """Capture whole decode steps whose KV is resident."""
-    cpu_attention: Literal["off"] = "off"
-    """Share of the host blocks attended on the CPU; only ``"off"`` is built."""
+    cpu_attention: float | Literal["auto", "off"] = "off"
+    """Share, 0 to 1, of the host blocks that the CPU attends in decode, where they lie, while the
+    others are transferred. ``"auto"``: moved from step to step until both finish together.
+    ``"off"``: none. Needs a C++ compiler, once."""
     verify: bool = True
     """Prove every new schedule before it runs; costs some 10 us per node, once per plan key."""
     strict: bool = False
@@ -132,11 +134,7 @@ class HeadInferConfig:
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected True or False")
         if self.lowering not in ("inductor", "eager"):
             raise OptionError(f"lowering={self.lowering!r}: expected 'inductor' or 'eager'")
-        if self.cpu_attention != "off":
-            raise OptionError(
-                f"cpu_attention={self.cpu_attention!r}: only 'off' is built; host blocks are "
-                "streamed to the GPU"
-            )
+        self._check_share("cpu_attention", self.cpu_attention)
         unknown = set(self.disable_passes) - set(OPTIONAL_PASSES)
         if unknown:
             raise OptionError(
@@ -148,6 +146,12 @@ class HeadInferConfig:
     def _check_count(name: str, value: Any, low: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise OptionError(f"{name}={value!r}: expected an int of at least {low}")
+
+    @staticmethod
+    def _check_share(name: str, value: Any) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value not in ("auto", "off") if not number else not 0 <= value <= 1:
+            raise OptionError(f"{name}={value!r}: expected 'auto', 'off' or a share from 0 to 1")
 
     def _check_per_phase(self, name: str, value: Any) -> None:
         if value == "auto":

@@ -94,6 +94,8 @@ class StepPlan:
     h2d_bytes: int
     """Over all sites, in a step like the ones before and after it."""
     d2h_bytes: int
+    cpu_bytes: int
+    """K and V that the CPU attends where they lie."""
     schedules: tuple[SiteSchedule, ...]
     sites: tuple[SiteRun, ...]
     """In the order they run."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.passes.schedule import PieceKind, PlanKey
+from headinfer_compile.runtime.host_lane import cpu_blocks
 from headinfer_compile.runtime.session import Session
 
 
@@ -44,6 +45,7 @@ def plan_key(session: Session, spec: int, config: HeadInferConfig) -> PlanKey:
     assert step is not None
     blocks = session.kv_blocks(site)
     resident = sum(block.tier == "gpu" for block in blocks)
+    on_cpu = cpu_blocks(session, spec)
     group = session.layout(step.phase).head_group
     return PlanKey(
         spec=spec,
@@ -56,9 +58,10 @@ def plan_key(session: Session, spec: int, config: HeadInferConfig) -> PlanKey:
         groups=-(-site.num_kv_heads // group),
         chunks=session.query_chunks(spec),
         resident=resident,
-        host=len(blocks) - resident,
+        host=len(blocks) - resident - on_cpu,
         num_slots=config.num_slots,
         distance=0 if "hoist_prefetch" in config.disable_passes else config.distance,
         padded=any(step.padding.values()),
         fused=session.fuses_resident(site),
+        cpu=on_cpu,
     )

@@ -20,6 +20,8 @@ _LEAST_SECONDS = 3e-6
 
 def op_seconds(op: SiteOp, rates: Rates) -> float:
     """Seconds that an op takes on its stream; an op that only records or waits takes none."""
+    if op.stream == "cpu":
+        return max(op.memory_bytes / rates.dram_beside_link, _LEAST_SECONDS)
     attention = rates.causal if op.causal else rates.attention
     needs = [op.memory_bytes / rates.hbm, op.flop / attention]
     if op.link_bytes:
@@ -153,6 +155,8 @@ class _Clock:
             events = [ends.get(edge.op, 0.0) for edge in op.after]
             if op.op == "prefetch":
                 events.append(self.written.get(layer + op.next_layer, 0.0))
+            if op.op == "attend_host":
+                events.append(self.free.get("compute", 0.0))  # its query is copied there
             time = self.run(op, events)
             ends[op.name] = time.end
             if op.op == "offload":

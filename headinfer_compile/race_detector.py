@@ -15,7 +15,7 @@ from itertools import product
 
 import torch
 
-ROLES = ("compute", "h2d", "d2h")
+ROLES = ("compute", "h2d", "d2h", "cpu")
 _COMPUTE, _COUNT = ROLES.index("compute"), len(ROLES)
 
 

@@ -54,6 +54,7 @@ def explain_step(graph: RecordedGraph, machine: Machine) -> StepPlan | None:
         slot_tokens=layout.slot_tokens,
         query_chunk=max(step.query_chunk.values()),
         h2d_bytes=_streamed_bytes(graph.keys.values(), shape),
+        cpu_bytes=_cpu_bytes(graph.keys.values(), shape),
         d2h_bytes=d2h_rows * geometry.layer_token_bytes * len(graph.keys),
         schedules=tuple(schedules),
         sites=tuple(
@@ -69,7 +70,19 @@ def explain_step(graph: RecordedGraph, machine: Machine) -> StepPlan | None:
 def _streamed_bytes(keys: Iterable[PlanKey], shape: StepShape) -> int:
     """Bytes to the device in a step like the ones before and after it."""
     rows = sum(
-        key.chunks * sum(b.rows for b in shape.blocks(key.spec) if b.tier == "host") for key in keys
+        key.chunks
+        * sum(b.rows for b in shape.blocks(key.spec)[key.resident : key.resident + key.host])
+        for key in keys
+    )
+    return rows * shape.geometry.layer_token_bytes
+
+
+def _cpu_bytes(keys: Iterable[PlanKey], shape: StepShape) -> int:
+    """Bytes that the CPU attends in the step."""
+    rows = sum(
+        sum(b.rows for b in shape.blocks(key.spec)[key.resident + key.host :])
+        for key in keys
+        if key.cpu
     )
     return rows * shape.geometry.layer_token_bytes
 

@@ -157,9 +157,13 @@ def _plan(step: StepPlan) -> Iterator[str]:
         parts = [] if key.one_query else ["the new tokens"]
         parts += ["the tail"] if key.has_tail or key.one_query else []
         parts.append(f"{key.resident} resident and {key.host} host KV blocks")
+        parts += [f"{key.cpu} on the CPU"] if key.cpu else []
         yield f"layers {ranges(item.layers)} attend {', '.join(parts)}"
     for where, count in (("device", step.h2d_bytes), ("host", step.d2h_bytes)):
         yield f"moves to the {where:<6} {format_bytes(count):>10} a step ({count:,} bytes)"
+    if step.cpu_bytes:
+        count = step.cpu_bytes
+        yield f"attends on the CPU  {format_bytes(count):>10} a step ({count:,} bytes)"
 
 
 def _predicted(step: StepPlan) -> Iterator[str]:

@@ -45,6 +45,15 @@ class RunLog:
         Raises:
             ScheduleError: A copy stream works on memory that is not the session's.
         """
+        self._issue(role, func._schema.name.split("::")[1], reads, writes)
+
+    def host_function(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+        """Note a host function at the end of the cpu stream; raises as ``op``."""
+        self._issue("cpu", "host_attention", reads, writes)
+
+    def _issue(
+        self, role: str, what: str, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
+    ) -> None:
         self._learn_buffers()
         for tensor in (*reads, *writes):
             if role != "compute" and _address(tensor) not in self._names:
@@ -54,7 +63,7 @@ class RunLog:
                 )
         found = [tuple(map(self._region, filter(self._owns, part))) for part in (reads, writes)]
         if any(found):
-            self._add(Issued(ROLES.index(role), func._schema.name.split("::")[1], *found))
+            self._add(Issued(ROLES.index(role), what, *found))
 
     def record(self, role: str, ticket: int) -> None:
         """Note the record of an event."""
@@ -98,7 +107,8 @@ class RunLog:
         session = self._session
         if session.geometry is None:
             return
-        known = (session.generation, len(session.table.blocks), session.staging is None)
+        held = session.staging is None, id(session.lane)
+        known = (session.generation, len(session.table.blocks), *held)
         if known != self._known:
             self._known = known
             for name, tensor in self._buffers():
@@ -123,6 +133,8 @@ class RunLog:
             yield f"the pages of block {block.index}", block.pages[0][0]
         if session.staging is not None:
             yield "the staging buffers", session.staging.views(0, 0, 1)[0]
+        if session.lane is not None:
+            yield from session.lane.buffers.items()
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -1,14 +1,12 @@
-"""Runs a cache's steps on CPU as three streams would, in any order that the events allow.
+"""Runs a cache's steps on CPU as its streams would, in any order that the events allow.
 
 Inside a simulated call no tensor op runs when it is issued: it goes to the queue of its stream
-(compute, h2d or d2h) with the events around it, just as the runtime records and waits for them. A
+(compute, h2d, d2h, cpu) with the events around it, as the runtime records and waits for them. A
 seeded generator decides how far each queue runs ahead of the others. What a stream has not computed
 yet reads as NaN, and so does a slot or staging buffer that was given up. When no edge is missing,
 every seed gives bitwise the same result; without an edge that is needed, some seed gives another,
-and whatever the seed, the log of the run shows the race (``run_log.py``).
-
-Only regions lowered with ``lowering="eager"`` can be simulated: Inductor's kernels do not go
-through the dispatcher.
+and whatever the seed, the log of the run shows the race (``run_log.py``). Regions must be lowered
+with ``lowering="eager"``: Inductor's kernels do not go through the dispatcher.
 """
 
 from __future__ import annotations
@@ -29,9 +27,10 @@ from headinfer_compile.cache import HeadInferCache
 from headinfer_compile.errors import HeadInferError
 from headinfer_compile.race_detector import ROLES
 from headinfer_compile.run_log import RunLog
+from headinfer_compile.runtime.host_attention import HostKernel
 from headinfer_compile.runtime.ops import NAMESPACE
 from headinfer_compile.runtime.session import Session
-from headinfer_compile.runtime.streams import Event, Streams
+from headinfer_compile.runtime.streams import Event, Streams, Uses
 
 _RATES = (0.0, 0.05, 0.6, 0.95)
 """Chances that a stream runs one more op after the host has issued one: from idle to keeping up."""
@@ -352,9 +351,13 @@ class SimulatedStreams(Streams):
     def join(self, role: str, other: str) -> None:
         self._simulation.join(role, other)
 
+    def call(self, kernel: HostKernel, job: int, uses: Uses) -> None:
+        self._simulation.log.host_function(*uses())
+        self._simulation.issue("cpu", _Entry(run=partial(kernel.run, job)))
+
     def drain(self) -> None:
-        self._simulation.host_waits("h2d")
-        self._simulation.host_waits("d2h")
+        for role in ROLES[1:]:
+            self._simulation.host_waits(role)
 
 
 @contextmanager

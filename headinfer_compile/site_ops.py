@@ -281,6 +281,27 @@ class _Reader:
         read = rows * heads * geometry.head_token_bytes
         return replace(op, flop=2 * q_heads * pairs * dims, memory_bytes=read + queries * per_query)
 
+    def _attend_host(
+        self, op: SiteOp, layer: Node, q: Node, spec: int, block: int, count: int
+    ) -> SiteOp:
+        kv = self.shape.blocks(spec)[block : block + count]
+        rows, heads = sum(part.rows for part in kv), self.shape.specs[spec].num_kv_heads
+        queries = self.shape.step.new
+        pages = tuple((page.index, held) for part in kv for page, held in part.pages)
+        what = f"{queries} queries over {count} KV blocks where they lie, {rows:,} tokens"
+        return self._work(
+            replace(op, what=what, pages=pages), spec, heads, queries * rows, rows, queries
+        )
+
+    def _wait_host(self, op: SiteOp, token: Node) -> SiteOp:
+        return replace(op, what="the CPU's result", after=(Edge(token.name, "cpu", "host.done"),))
+
+    def _merge_host(
+        self, op: SiteOp, acc: Node, lse: Node, out: Node, other: Node, spec: int, group: int,
+        chunk: int,
+    ) -> SiteOp:  # fmt: skip
+        return replace(op, what="the CPU's result, joined", group=group, chunk=chunk)
+
     def _store(self, op: SiteOp, out: Node, acc: Node, spec: int, group: int, chunk: int) -> SiteOp:
         site, step = self.shape.specs[spec], self.shape.step
         start, stop = step.query_range(spec, chunk)

@@ -27,6 +27,12 @@ class CacheStats:
     h2d_bytes: int
     d2h_bytes: int
     cpu_bytes: int
+    """K and V attended by the CPU where they lie."""
+    cpu_gb_s: float | None
+    """Rate of that while the CPU was at it; None where it was not."""
+    cpu_lead_us: float | None
+    """By how much the CPU was last ahead of the GPU when their results met (negative: the GPU
+    waited); None where ``cpu_attention`` is not ``"auto"`` or nothing was measured."""
     link_utilisation: float | None
     """Share of the profiled decode steps in which the link was copying; None without ``profile``.
     Copies run at the link's rate, so it is the share of that rate that was reached."""
@@ -43,6 +49,7 @@ def collect_stats(session: Session) -> CacheStats:
     """The figures of a session as they are now; nothing waits for the device."""
     counters = session.counters
     geometry, timings = session.geometry, session.counters.timings
+    lane = session.lane
     blocks = session.table.blocks if geometry is not None else []
     tiers = [block.tier for block in blocks]
     fixed = {part: session.bytes_of(part) for part in ("slots", "staging", "tail")}
@@ -60,6 +67,8 @@ def collect_stats(session: Session) -> CacheStats:
         h2d_bytes=counters.h2d_bytes,
         d2h_bytes=counters.d2h_bytes,
         cpu_bytes=counters.cpu_bytes,
+        cpu_gb_s=lane.gb_s if lane is not None else None,
+        cpu_lead_us=lane.lead_us if lane is not None else None,
         link_utilisation=(
             timings.decode_link_us / timings.decode_us if timings.decode_us else None
         ),

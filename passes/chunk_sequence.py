@@ -14,6 +14,14 @@ Result, with one query chunk, a tail and one KV block::
     a2 = headinfer.attend_merge(handle, a1[0], a1[1], q, b[0], b[1], ...)
     g0 = headinfer.store(handle, out, a2[0], spec, 0, 0)
 
+Of host blocks that the CPU attends (span ``HOST``), with the query copied down first of all, the
+result is waited for and joined last::
+
+    h = headinfer.attend_host(handle, layer, q, spec, 1, 2)
+    ...
+    w = headinfer.wait_host(handle, h)
+    a3 = headinfer.merge_host(handle, a2[0], a2[1], w[0], w[1], spec, 0, 0)
+
 In one-query decode on CUDA one kernel attends the tail and all resident blocks (span ``RESIDENT``).
 
 Past and new tokens are always apart: over the past the mask is full (or a band), over the new
@@ -29,6 +37,7 @@ Declines when: never.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -36,6 +45,7 @@ from torch.fx import Graph, GraphModule, Node
 from headinfer_compile.passes.context import META
 from headinfer_compile.passes.schedule import (
     APPEND,
+    HOST,
     NEW,
     NEW_PREFIX,
     RESIDENT,
@@ -53,8 +63,9 @@ from headinfer_compile.passes.schedule import (
 
 def spans(key: PlanKey, chunk: int) -> list[int]:
     """The spans that query chunk ``chunk`` attends, in order."""
+    on_cpu = [HOST] if key.cpu else []
     if key.fused:
-        return [RESIDENT, *range(key.resident, key.resident + key.host)]
+        return [RESIDENT, *range(key.resident, key.resident + key.host), *on_cpu]
     found = []
     if not key.one_query:
         found.append(NEW)
@@ -62,27 +73,29 @@ def spans(key: PlanKey, chunk: int) -> list[int]:
             found.append(NEW_PREFIX)
     if key.has_tail or key.one_query:
         found.append(TAIL)
-    return found + list(range(key.resident + key.host))
+    return found + list(range(key.resident + key.host)) + on_cpu
 
 
 def run(gm: GraphModule, ctx: PlanContext) -> GraphModule:
     """Replace every ``group_site`` by attends over its spans."""
     graph = gm.graph
     inputs = inputs_of(graph)
+    result = _attend_host(graph, ctx.key, inputs) if ctx.key.cpu else None
     for site in nodes_of(graph, group_site):
         out = site.args[0]
         assert isinstance(out, Node)
         with graph.inserting_before(site):
             for chunk in range(ctx.key.chunks):
-                out = _attend_chunk(graph, ctx.key, inputs, site, out, chunk)
+                out = _attend_chunk(graph, ctx.key, inputs, site, out, chunk, result)
         site.replace_all_uses_with(out)
         graph.erase_node(site)
     return gm
 
 
 def _attend_chunk(
-    graph: Graph, key: PlanKey, inputs: dict[str, Node], site: Node, out: Node, chunk: int
-) -> Node:
+    graph: Graph, key: PlanKey, inputs: dict[str, Node], site: Node, out: Node, chunk: int,
+    host: _HostResult | None,
+) -> Node:  # fmt: skip
     group = site.args[4]
     assert isinstance(group, int)
     handle, q, masks = inputs["handle"], inputs["q"], inputs["masks"]
@@ -94,6 +107,14 @@ def _attend_chunk(
             args = (handle, inputs["layer"], q, key.spec, APPEND, len(todo) > 1)
             attend = graph.call_function(torch.ops.headinfer.attend_resident.default, args)
             acc = _unpack(graph, attend, site, SpanInfo(group, chunk, span))
+            continue
+        if span == HOST:
+            assert acc is not None and host is not None
+            merge = graph.call_function(
+                torch.ops.headinfer.merge_host.default,
+                (handle, *acc, *host.views(graph), key.spec, group, chunk),
+            )
+            acc = _unpack(graph, merge, site, SpanInfo(group, chunk, span))
             continue
         kv = graph.call_function(span_kv, (inputs["k"], inputs["v"], group, chunk, span))
         kv.meta[META] = SpanInfo(group, chunk, span)
@@ -113,6 +134,34 @@ def _attend_chunk(
     return copy_meta(
         graph.call_function(store, (handle, out, acc[0], key.spec, group, chunk)), site
     )
+
+
+@dataclass
+class _HostResult:
+    """The result of the CPU; compute waits for it where it is first needed."""
+
+    handle: Node
+    token: Node
+    waited: tuple[Node, Node] | None = None
+
+    def views(self, graph: Graph) -> tuple[Node, Node]:
+        """Output and LSE of all heads."""
+        if self.waited is None:
+            wait = torch.ops.headinfer.wait_host.default
+            node = graph.call_function(wait, (self.handle, self.token))
+            out, lse = (graph.call_function(operator.getitem, (node, i)) for i in (0, 1))
+            self.waited = out, lse
+        return self.waited
+
+
+def _attend_host(graph: Graph, key: PlanKey, inputs: dict[str, Node]) -> _HostResult:
+    """Start the CPU before everything else."""
+    handle, layer, q = (inputs[name] for name in ("handle", "layer", "q"))
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        args = (handle, layer, q, key.spec, key.resident + key.host, key.cpu)
+        token = graph.call_function(torch.ops.headinfer.attend_host.default, args)
+    return _HostResult(handle, token)
 
 
 def _unpack(graph: Graph, attend: Node, site: Node, info: SpanInfo) -> tuple[Node, Node]:

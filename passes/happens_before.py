@@ -14,11 +14,11 @@ from torch.fx import Node
 
 from headinfer_compile.errors import ScheduleError
 
-STREAM_NAMES = ("compute", "h2d", "d2h")
-COMPUTE, H2D, D2H = range(3)
+STREAM_NAMES = ("compute", "h2d", "d2h", "cpu")
+COMPUTE, H2D, D2H, CPU = range(4)
 
 #: How many ops of each stream come before.
-Clock = tuple[int, int, int]
+Clock = tuple[int, int, int, int]
 
 
 def not_proved(node: Node | None, reason: str) -> ScheduleError:
@@ -53,14 +53,12 @@ class Timeline:
 
     def issue(self, node: Node, stream: int, *events: Clock) -> None:
         """Put an op that waits for ``events`` at the end of a stream."""
-        compute, h2d, d2h = self.streams[stream]
+        ticks = list(self.streams[stream])
         for event in events:
-            compute, h2d, d2h = max(compute, event[0]), max(h2d, event[1]), max(d2h, event[2])
-        if stream == COMPUTE:
-            clock = compute + 1, h2d, d2h
-        else:
-            clock = (compute, h2d + 1, d2h) if stream == H2D else (compute, h2d, d2h + 1)
-        self.streams[stream] = self.clocks[node] = clock
+            ticks = list(map(max, ticks, event))
+        ticks[stream] += 1
+        compute, h2d, d2h, cpu = ticks
+        self.streams[stream] = self.clocks[node] = (compute, h2d, d2h, cpu)
 
     def read(self, node: Node, stream: int, name: str) -> None:
         """Let an issued op read a buffer.

@@ -80,7 +80,8 @@ def run(gm: GraphModule, ctx: PlanContext) -> GraphModule:
 
 def _insert_pack(graph: Graph, inputs: dict[str, Node], ctx: PlanContext) -> Node | int:
     """Write-back before the attends; returns the token of the pack that the reads follow."""
-    first = next(node for node in graph.nodes if node.op != "placeholder")
+    asked = torch.ops.headinfer.attend_host.default
+    first = next(n for n in graph.nodes if n.op != "placeholder" and n.target is not asked)
     handle, layer, k, v = (inputs[name] for name in ("handle", "layer", "k", "v"))
     packed: Node | int = APPEND
     with graph.inserting_before(first):

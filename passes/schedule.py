@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.passes.context import META
 from headinfer_compile.runtime.step import APPEND as APPEND
+from headinfer_compile.runtime.step import HOST as HOST
 from headinfer_compile.runtime.step import NEW as NEW
 from headinfer_compile.runtime.step import NEW_PREFIX as NEW_PREFIX
 from headinfer_compile.runtime.step import RESIDENT as RESIDENT
@@ -54,6 +55,7 @@ class PlanKey:
     resident: int
     """KV blocks on the GPU; they come first in the numbering."""
     host: int
+    """KV blocks on the host that are transferred; they come next."""
     num_slots: int
     distance: int
     """Transfers in flight ahead of the one attended; 0 without ``hoist_prefetch``."""
@@ -62,6 +64,8 @@ class PlanKey:
     """One kernel attends the tail and all resident blocks (span ``RESIDENT``)."""
     next_transfers: tuple[Transfer, ...] = ()
     """The first transfers of the next site, started by this one."""
+    cpu: int = 0
+    """KV blocks on the host that the CPU attends where they lie; they come last."""
 
     def transfers(self) -> tuple[Transfer, ...]:
         """This site's transfers in order: head group, query chunk, KV block."""

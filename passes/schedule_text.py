@@ -39,7 +39,7 @@ def _comment(node: Node) -> str:
     opname = getattr(node.target, "_opname", "")
     if opname not in STREAMS:
         return ""
-    after = {"wait": 1, "prefetch": 7, "offload": 2}.get(opname)
+    after = {"wait": 1, "prefetch": 7, "offload": 2, "wait_host": 1}.get(opname)
     note = f"  # {STREAMS[opname]}"
     return note if after is None else f"{note}, after {_argument(node.args[after])}"
 

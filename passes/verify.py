@@ -1,6 +1,6 @@
 """Prove a site schedule before it runs.
 
-The streams compute, h2d and d2h each run their ops in list order; between streams only events
+The streams compute, h2d, d2h and cpu each run their ops in list order; between streams only events
 order anything, and an event is a token that one op returns and another takes. Every op gets a
 vector clock, one count per stream, joined from its stream and from the tokens it waits for. A
 buffer remembers its last write and its last read on each stream; an access is proved when the
@@ -19,13 +19,15 @@ Rules:
    D2H, the tail is appended to only after the D2H of what it held.
 6. A page is read after its offload. The tail is read after the pack that appends to it, and
    written back after it too.
-7. Entry and exit: the ring comes in as ``key.entry`` transfers and releases and leaves as
+7. What the CPU is to attend is asked for once, with the blocks of the key, after the offload of
+   those pages; compute waits for the result before it is read, and before the site ends.
+8. Entry and exit: the ring comes in as ``key.entry`` transfers and releases and leaves as
    ``key.next_transfers`` and releases, in slot order from the next base and in the order in which
    they were made.
 
 Induction: every access that the sites before may have left unfinished is assumed unfinished at
 entry (ops that nothing has waited for; on compute and h2d one for each slot, in the order of the
-ring), and rules 5 and 7 give the next site what this one assumed. So one proof covers all layers
+ring), and rules 5, 7 and 8 give the next site what this one assumed. So one proof covers all layers
 and steps. What is not in a schedule is the runtime's: a step writes page and tail rows past those
 that it reads, rows given up by a crop are written again only after a drain, and h2d fills a new
 ring only after what compute was given before (the memory may be in use by it).
@@ -42,6 +44,7 @@ from torch.fx import GraphModule, Node
 from headinfer_compile.passes.chunk_sequence import spans
 from headinfer_compile.passes.happens_before import (
     COMPUTE,
+    CPU,
     D2H,
     H2D,
     Timeline,
@@ -49,11 +52,12 @@ from headinfer_compile.passes.happens_before import (
 )
 from headinfer_compile.passes.place import FIXED_INPUTS
 from headinfer_compile.passes.schedule import APPEND, PlanKey
+from headinfer_compile.passes.verify_host import HOST_RULES, QUERY, RESULT
 from headinfer_compile.passes.verify_rules import COPIED, LAYERS, RULES, Move, State
 from headinfer_compile.runtime.sizes import STAGING_SLOTS
 
 _NUMBERS = {
-    **dict.fromkeys(("spec", "group", "chunk", "span", "block", "slot", "piece"), int),
+    **dict.fromkeys(("spec", "group", "chunk", "span", "block", "slot", "piece", "count"), int),
     "accumulate": bool,
 }
 
@@ -98,14 +102,15 @@ def _enter(state: State, entry: int) -> None:
     transfers, released = key.transfers(), key.num_slots - entry
     # One op before on compute and on h2d for each slot, in the order of the ring: what was released
     # longest ago comes first, and what is in flight was started last.
-    time.streams = [(count, 0, 0), (0, count, 0), (0, 0, len(COPIED))]
+    # Compute has waited for all that was asked of the CPU, so there is no op on cpu.
+    time.streams = [(count, 0, 0, 0), (0, count, 0, 0), (0, 0, len(COPIED), 0), (0, 0, 0, 0)]
     for index, name in enumerate(ring):
         token, in_flight = inputs[name], index < entry
         state.slots[index] = token
         read = index - entry + 1
         filled = released + index + 1 if in_flight else read
         # A release comes after the wait for what filled the slot, so it stands for both streams.
-        time.clocks[token] = (0, filled, 0) if in_flight else (read, filled, 0)
+        time.clocks[token] = (0, filled, 0, 0) if in_flight else (read, filled, 0, 0)
         time.enter(f"slot {index}", H2D, filled, {} if in_flight else {COMPUTE: read})
         if in_flight:
             state.moves[token] = Move(transfers[index], False, index)
@@ -115,12 +120,14 @@ def _enter(state: State, entry: int) -> None:
         )
     # What is in the tail was appended after the D2H of what the tail held before.
     time.enter("the tail", COMPUTE, count, {} if key.has_tail else {D2H: copied["the tail"][D2H]})
+    time.enter(QUERY, COMPUTE, count, {})
+    time.enter(RESULT, CPU, 0, {COMPUTE: count})
     for layer in LAYERS:
         time.enter(f"the pages of {layer}", D2H, copied[layer][D2H], {H2D: count})
 
 
 def _step(state: State, node: Node, prologue: bool) -> None:
-    found = RULES.get(node.target)
+    found = RULES.get(node.target) or HOST_RULES.get(node.target)
     if found is None or (prologue and node.target is not torch.ops.headinfer.prefetch.default):
         kind = "prologue" if prologue else "schedule"
         raise not_proved(node, f"{node.target} is no operator of a {kind}")
@@ -169,6 +176,8 @@ def _leave(state: State, node: Node, prologue: bool) -> None:
             raise not_proved(node, f"leaves {left} in slot {slot}; the next site expects {content}")
         if move is not None and move.next_site is prologue:
             raise not_proved(node, f"leaves {token.name} in slot {slot}: it is for the wrong layer")
+    if state.time.streams[COMPUTE][CPU] < state.time.streams[CPU][CPU]:
+        raise not_proved(node, "compute does not wait for what the CPU attends")
     if state.unread:
         raise not_proved(next(iter(state.unread)), "its K and V are never attended")
 

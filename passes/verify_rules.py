@@ -43,7 +43,7 @@ LAYERS = ("layer", "next_layer")
 COPIED = ("the tail", *(f"staging buffer {index}" for index in range(STAGING_SLOTS)), *LAYERS)
 
 #: The event of that copy.
-COPIED_BEFORE: dict[str, Clock] = {name: (0, 0, at) for at, name in enumerate(COPIED, start=1)}
+COPIED_BEFORE: dict[str, Clock] = {name: (0, 0, at, 0) for at, name in enumerate(COPIED, start=1)}
 
 _Args = tuple[Any, ...]
 
@@ -88,6 +88,8 @@ class State:
     """The last attend of each accumulator that is not stored."""
     stored: set[tuple[int, int]] = field(default_factory=set)
     result: Node | None = None
+    asked: Node | None = None
+    """The ``attend_host`` of the site."""
 
     def move(self, node: Node, token: object) -> Move:
         """The transfer in flight that ``node`` names."""
@@ -262,7 +264,7 @@ def _attend_resident(state: State, node: Node, args: _Args) -> None:
     _check_first(state, node, 0, 0, accumulate)
     _issue_after_append(state, node, packed)
     state.time.read(node, COMPUTE, "the tail")
-    _extend(state, node, 0, 0, RESIDENT)
+    extend(state, node, 0, 0, RESIDENT)
 
 
 def _check_first(state: State, node: Node, group: int, chunk: int, accumulate: bool) -> None:
@@ -274,6 +276,15 @@ def _check_first(state: State, node: Node, group: int, chunk: int, accumulate: b
 
 def _attend_merge(state: State, node: Node, args: _Args) -> None:
     _, acc, lse, _, k, v, _, _, group, chunk, span = args
+    check_accumulator(state, node, acc, lse, group, chunk)
+    state.time.issue(node, COMPUTE)
+    _attend_span(state, node, (k, v), group, chunk, span)
+
+
+def check_accumulator(
+    state: State, node: Node, acc: object, lse: object, group: int, chunk: int
+) -> None:
+    """Require the accumulator and LSE that the attends of this group and chunk have made so far."""
     last = state.open.get((group, chunk))
     if last is None or state.item(acc, 0) is not last or state.item(lse, 1) is not last:
         raise not_proved(
@@ -281,8 +292,6 @@ def _attend_merge(state: State, node: Node, args: _Args) -> None:
             f"merges into {acc} and {lse}, which are not the accumulator and LSE of head group "
             f"{group}, chunk {chunk}",
         )
-    state.time.issue(node, COMPUTE)
-    _attend_span(state, node, (k, v), group, chunk, span)
 
 
 def _attend_span(
@@ -293,10 +302,11 @@ def _attend_span(
             raise not_proved(node, f"attends new tokens in {pair[0]} and {pair[1]}")
     else:
         _read_view(state, node, pair, group, span)
-    _extend(state, node, group, chunk, span)
+    extend(state, node, group, chunk, span)
 
 
-def _extend(state: State, node: Node, group: int, chunk: int, span: int) -> None:
+def extend(state: State, node: Node, group: int, chunk: int, span: int) -> None:
+    """Note that ``node`` adds a span to its accumulator."""
     state.chains[node] = (group, chunk)
     state.open[group, chunk] = node
     state.attended[group, chunk, span] += 1
@@ -372,9 +382,10 @@ _FUNCTIONS: dict[str, Rule] = {
 _OWN = {"attend": ("k", "v"), "attend_merge": ("k", "v"), "prefetch": ("layer", "spec")}
 
 
-def _rules() -> dict[object, tuple[Rule, tuple[str, ...]]]:
+def rules_of(functions: dict[str, Rule]) -> dict[object, tuple[Rule, tuple[str, ...]]]:
+    """Rule and argument names by operator."""
     found: dict[object, tuple[Rule, tuple[str, ...]]] = {}
-    for name, function in _FUNCTIONS.items():
+    for name, function in functions.items():
         target = getattr(getattr(torch.ops, NAMESPACE), name).default
         names = (argument.name for argument in target._schema.arguments)
         own = _OWN.get(name, ())
@@ -383,4 +394,4 @@ def _rules() -> dict[object, tuple[Rule, tuple[str, ...]]]:
 
 
 #: Rule and argument names of each op that a schedule may contain.
-RULES = _rules()
+RULES = rules_of(_FUNCTIONS)

@@ -203,6 +203,19 @@ def attend_merge(
     return acc, lse
 
 
+def merge_host(
+    session: Session, acc: torch.Tensor, lse: torch.Tensor, out: torch.Tensor,
+    other_lse: torch.Tensor, spec: int, group: int, chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Join the CPU's result, of all heads and queries, to the accumulators, in place."""
+    step = session.step
+    assert step is not None
+    _, heads = _head_range(session, session.specs[spec], group)
+    low, high = step.query_range(spec, chunk)
+    merge_(acc, lse, out[:, heads, low:high], other_lse[:, heads, low:high])
+    return acc, lse
+
+
 def store(
     session: Session, out: torch.Tensor, acc: torch.Tensor, spec: int, group: int, chunk: int
 ) -> torch.Tensor:

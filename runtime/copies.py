@@ -35,6 +35,24 @@ def forget_cuda_error() -> None:
         runtime.cudaGetLastError()
 
 
+def can_launch_host_functions() -> bool:
+    """Whether ``launch_host_function`` can be called."""
+    return _cuda_runtime() is not None
+
+
+def launch_host_function(stream: int, function: int, argument: int) -> None:
+    """Queue ``function(argument)`` on a raw CUDA stream; both are addresses.
+
+    The function runs on a thread of the driver and may not call CUDA.
+    """
+    runtime = _cuda_runtime()
+    assert runtime is not None
+    pointer = ctypes.c_void_p
+    status = runtime.cudaLaunchHostFunc(pointer(stream), pointer(function), pointer(argument))
+    if status != 0:
+        raise RuntimeError(f"cudaLaunchHostFunc failed with CUDA error {status}")
+
+
 @functools.cache
 def _memcpy_2d() -> Callable[..., int] | None:
     """``cudaMemcpy2DAsync`` of that runtime."""

@@ -30,6 +30,7 @@ struct Report {
   std::atomic<int64_t> jobs;
   std::atomic<int64_t> nanoseconds;  // sum over the jobs
   std::atomic<int64_t> bytes;        // of K and V read
+  std::atomic<int64_t> failed;       // jobs done before the one that failed
 };
 
 enum Error : int64_t { kNone = 0, kBadJob = 1, kNoMemory = 2, kUnknown = 3 };
@@ -52,6 +53,7 @@ struct Job {
   Numbers n;
   float scale, softcap;
   std::vector<Page> pages;
+  std::vector<int64_t> starts;
 };
 
 struct Piece {
@@ -206,8 +208,7 @@ void do_task(void* state, int64_t index, int) {
   run.q_stride = work.q_stride;
   run.query_rows = static_cast<int>(work.rows);
   run.queries = n.queries;
-  run.starts =
-      n.starts ? reinterpret_cast<const int64_t*>(n.starts) + batch * n.queries : nullptr;
+  run.starts = job.starts.empty() ? nullptr : job.starts.data() + batch * n.queries;
   run.scale = job.scale;
   run.softcap = job.softcap;
   run.out = work.out + first * work.out_stride;
@@ -264,7 +265,7 @@ void* host_attention_pool(int64_t threads) {
 
 void host_attention_close(void* pool) { delete static_cast<host_attention::Pool*>(pool); }
 
-// A job that `host_attention_run` takes; everything but q, out, lse, starts and pages is copied.
+// A job that `host_attention_run` takes; only q, out, lse and the rows of pages must outlive this.
 void* host_attention_job(void* pool, void* report, const void* numbers, float scale,
                          float softcap) {
   auto* job = new (std::nothrow) Job();
@@ -278,6 +279,10 @@ void* host_attention_job(void* pool, void* report, const void* numbers, float sc
   }
   const auto* pages = reinterpret_cast<const host_attention::Page*>(job->n.pages);
   job->pages.assign(pages, pages + std::max<int64_t>(0, job->n.num_pages));
+  if (job->n.starts) {
+    const auto* starts = reinterpret_cast<const int64_t*>(job->n.starts);
+    job->starts.assign(starts, starts + std::max<int64_t>(0, job->n.batch * job->n.queries));
+  }
   job->scale = scale;
   job->softcap = softcap;
   return job;
@@ -298,8 +303,11 @@ void host_attention_run(void* state) {
   if (error != host_attention::kNone) host_attention::poison(*job);
   const auto spent = std::chrono::steady_clock::now() - start;
   host_attention::Report& report = *job->report;
-  int64_t none = 0;
-  report.error.compare_exchange_strong(none, error);
+  int64_t none = host_attention::kNone;
+  if (error != host_attention::kNone && report.error.load() == host_attention::kNone) {
+    report.failed = report.jobs.load();
+    report.error.compare_exchange_strong(none, error);
+  }
   report.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count();
   if (error == host_attention::kNone) report.bytes += host_attention::kv_bytes(*job);
   report.jobs += 1;

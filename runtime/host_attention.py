@@ -46,7 +46,9 @@ class _Numbers(ctypes.Structure):
 class HostReport(ctypes.Structure):
     """What the jobs of one owner did, counted while they run; ``struct Report`` of the source."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("error", "jobs", "nanoseconds", "bytes")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("error", "jobs", "nanoseconds", "bytes", "failed")
+    ]
 
     error: int
     jobs: int
@@ -54,6 +56,8 @@ class HostReport(ctypes.Structure):
     """Sum of the times of the jobs."""
     bytes: int
     """K and V that were attended."""
+    failed: int
+    """Jobs done before the first one that failed since ``take_error``."""
 
     def take_error(self) -> str | None:
         """What the first job that failed since the last call says, if one has."""
@@ -102,7 +106,9 @@ class HostKernel:
         self.lib.host_attention_run.argtypes = [pointer]
         self.lib.host_attention_run.restype = None
         self._pool = self.lib.host_attention_pool(self.threads)
-        self.function = ctypes.cast(self.lib.host_attention_run, pointer).value
+        address = ctypes.cast(self.lib.host_attention_run, pointer).value
+        assert address is not None
+        self.function: int = address
         """Address of the host function: takes a job, runs it and frees it."""
 
     @property
@@ -122,8 +128,8 @@ class HostKernel:
             q: Address of ``[B, Hq, n, D]`` in the pages' dtype.
             out: Address of fp32 ``[B, Hq, n, Dv]``.
             lse: Address of fp32 ``[B, Hq, n]``.
-            pages: Four numbers a page: address, T, valid rows, position of the first row. They are
-                copied; the memory that addresses name must stay until the job has run.
+            pages: Four numbers a page: address, T, valid rows, position of the first row. They and
+                starts are copied; all other memory must stay until the job has run.
             starts: Address of int64 ``[B, n]``, the first position that each query sees; 0: all.
             reads_only: Only read the pages, as a measure of the memory.
 

@@ -14,6 +14,9 @@
 | attend | compute | - | (out, lse) of one query chunk over one KV block |
 | attend_merge | compute | - | attend, then LSE merge in place |
 | attend_resident | compute | pack | (out, lse) of one query over the tail and all resident blocks |
+| attend_host | cpu | offload of the pages; query copied on compute | (out, lse) of host blocks |
+| wait_host | compute | attend_host | makes the CPU's result readable |
+| merge_host | compute | - | LSE merge of the CPU's result, in place |
 | release | compute | - | the slot may be refilled after this point |
 | store | compute | - | writes a finished accumulator into the result |
 
@@ -31,7 +34,7 @@ from typing import Any
 import torch
 
 from headinfer_compile.errors import CacheError
-from headinfer_compile.runtime import block_ops, transfer_ops
+from headinfer_compile.runtime import block_ops, host_lane, transfer_ops
 from headinfer_compile.runtime.session import Session
 
 NAMESPACE = "headinfer"
@@ -127,6 +130,18 @@ OPS: dict[str, _Op] = {
         "compute",
         block_ops.attend_merge,
     ),
+    "attend_host": (
+        "(Tensor handle, int layer, Tensor q, int spec, int block, int count) -> int",
+        "cpu",
+        host_lane.attend_host,
+    ),
+    "wait_host": ("(Tensor handle, int token) -> (Tensor, Tensor)", "compute", host_lane.wait_host),
+    "merge_host": (
+        "(Tensor handle, Tensor(a!) acc, Tensor(b!) lse, Tensor out, Tensor other_lse, int spec, "
+        "int group, int chunk) -> (Tensor(a!), Tensor(b!))",
+        "compute",
+        block_ops.merge_host,
+    ),
     "store": (
         "(Tensor handle, Tensor(a!) out, Tensor acc, int spec, int group, int chunk) -> Tensor(a!)",
         "compute",
@@ -199,6 +214,12 @@ def _fake_attend_merge(
     return acc, lse
 
 
+def _fake_wait_host(handle: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    batch, heads, rows, dim = size(), size(), size(), size()
+    return torch.empty(batch, heads, rows, dim), torch.empty(batch, heads, rows)
+
+
 def _fake_output(handle: torch.Tensor, q: torch.Tensor, spec: int) -> torch.Tensor:
     dim = torch.library.get_ctx().new_dynamic_size()
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dim).transpose(1, 2)
@@ -217,6 +238,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "attend": _fake_attend,
     "attend_resident": _fake_attend_resident,
     "attend_merge": _fake_attend_merge,
+    "merge_host": _fake_attend_merge,
+    "wait_host": _fake_wait_host,
     "store": _fake_store,
     "tail": _fake_views,
     "resident": _fake_views,

@@ -192,6 +192,8 @@ class Session(Store):
             # predecessor's rows of the tail are still there.
             held = self._held_before
             self._return_to(*(held if held[0] == past else (past, 0)))
+        if self.lane is not None:
+            self.lane.begin_step(past)
         self._warn_beyond_positions(past, new)
         self.streams.begin_step()
         stored, tail_rows, room = past - self.tail_rows, self.tail_rows, self.tail.tokens
@@ -217,6 +219,8 @@ class Session(Store):
         step = self.step
         assert step is not None
         length = step.past + step.new
+        if self.lane is not None:
+            self.lane.check(length)
         self._held_before = self._held
         self.hold(length, length - step.stored_after)
         self.step, self._unsettled = None, False
@@ -247,9 +251,10 @@ class Session(Store):
 
     def drain(self) -> None:
         """Order all later work after every transfer and reader; no slot is in use afterwards."""
-        # In this order: compute then stands for d2h too. D2H itself follows a pack on compute.
-        for role, other in (("compute", "h2d"), ("compute", "d2h"), ("h2d", "compute")):
-            self.streams.join(role, other)
+        # In this order: compute then stands for the others. D2H itself follows a pack on compute.
+        for other in ("h2d", "d2h", "cpu"):
+            self.streams.join("compute", other)
+        self.streams.join("h2d", "compute")
         if self.slots is not None:
             self.slots.forget()
         self.ring, self.base = (NEVER_USED,) * self.config.num_slots, 0

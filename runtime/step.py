@@ -15,9 +15,10 @@ from headinfer_compile.runtime.spec import SiteSpec
 
 Phase = Literal["prefill", "decode"]
 
-TAIL, NEW, NEW_PREFIX, RESIDENT = -1, -2, -3, -4
+TAIL, NEW, NEW_PREFIX, RESIDENT, HOST = -1, -2, -3, -4, -5
 """``span`` of an attend that is no KV block: the tail; new tokens of the query chunk itself
-(square); new tokens before the query chunk; the tail and all resident blocks in one kernel."""
+(square); new tokens before the query chunk; the tail and all resident blocks in one kernel; the
+blocks that the CPU attends."""
 
 APPEND = -1
 """``piece`` of the ``pack`` that appends the new rows to the tail."""

@@ -14,6 +14,7 @@ from headinfer_compile.config import HeadInferConfig, format_bytes
 from headinfer_compile.errors import CacheError, ClosedError, DoesNotFitError
 from headinfer_compile.runtime import sizes
 from headinfer_compile.runtime.budget import default_gpu_budget, default_host_budget, refusing
+from headinfer_compile.runtime.host_lane import HostLane
 from headinfer_compile.runtime.paged import PagedTables
 from headinfer_compile.runtime.pages import BlockTable
 from headinfer_compile.runtime.slots import SlotRing
@@ -63,6 +64,8 @@ class Store:
         self.table: BlockTable
         self.slots: SlotRing | None = None
         self.staging: StagingRing | None = None
+        self.lane: HostLane | None = None
+        """What attention on the CPU needs, once a step has asked for it."""
         self.tail: Tail
         self._paged: PagedTables | None = None
         self.timer: Timer | None = None
@@ -318,7 +321,7 @@ class Store:
             self.streams.drain()
             self.table.close()
             self.__dict__.pop("tail", None)
-        self.slots = self.staging = self._paged = None
+        self.slots = self.staging = self.lane = self._paged = None
         self.generation += 1
         # Last: without a geometry there is nothing to give back.
         self.geometry = None

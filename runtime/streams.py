@@ -5,11 +5,17 @@ On a CPU everything runs in program order, so the stand-ins do nothing; the call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
+
+from headinfer_compile.runtime.copies import launch_host_function
+from headinfer_compile.runtime.host_attention import HostKernel
+
+Uses = Callable[[], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
+"""What a host function reads and writes, for who has to know."""
 
 
 class Event(Protocol):
@@ -30,7 +36,7 @@ class _DoneEvent:
 
 
 class Streams:
-    """The h2d and d2h streams of one session; compute is the caller's current stream."""
+    """The h2d, d2h and cpu streams of one session; compute is the caller's current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_cuda = device.type == "cuda"
@@ -42,6 +48,7 @@ class Streams:
         if self.is_cuda:
             self._h2d = torch.cuda.Stream(device)
             self._d2h = torch.cuda.Stream(device)
+            self._cpu = torch.cuda.Stream(device)
             self._compute = torch.cuda.current_stream(device)
 
     def begin_step(self) -> None:
@@ -56,16 +63,22 @@ class Streams:
         """A fresh, unrecorded event; ``name`` says what it stands for, ``"slot.filled"`` say."""
         return torch.cuda.Event() if self.is_cuda else self._done
 
+    def timing_event(self) -> torch.cuda.Event:
+        """A fresh event that takes the time; CUDA only."""
+        return torch.cuda.Event(enable_timing=True)
+
     def on(self, role: str) -> AbstractContextManager[object]:
-        """Context that makes the stream of ``role`` (``"h2d"`` or ``"d2h"``) current."""
+        """Context that makes the stream of ``role`` (``"h2d"``, ``"d2h"`` or ``"cpu"``) current."""
         # `with stream` costs 2 us on the host, `with torch.cuda.stream(stream)` 19.
         found: AbstractContextManager[object] = self._nothing
         if self.is_cuda:
-            found = self._h2d if role == "h2d" else self._d2h
+            found = self._stream(role)
         return found if self.timed is None else self.timed(role, found)
 
     def _stream(self, role: str) -> torch.cuda.Stream:
-        return {"h2d": self._h2d, "d2h": self._d2h, "compute": self._compute}[role]
+        return {
+            "h2d": self._h2d, "d2h": self._d2h, "cpu": self._cpu, "compute": self._compute,
+        }[role]  # fmt: skip
 
     def record(self, event: Event, role: str) -> None:
         """Record ``event`` on the stream of ``role``."""
@@ -85,10 +98,17 @@ class Streams:
             self._stream(role).wait_stream(self._stream(other))
 
     def drain(self) -> None:
-        """Block the host until both copy streams are idle."""
+        """Block the host until the copy streams and the CPU lane are idle."""
         if self.is_cuda:
-            self._h2d.synchronize()
-            self._d2h.synchronize()
+            for stream in (self._h2d, self._d2h, self._cpu):
+                stream.synchronize()
+
+    def call(self, kernel: HostKernel, job: int, uses: Uses) -> None:
+        """Run a job on the cpu stream, after what that was given before; ``uses`` is not asked."""
+        if self.is_cuda:
+            launch_host_function(self.raw("cpu"), kernel.function, job)
+        else:
+            kernel.run(job)
 
     def raw(self, role: str) -> int:
         """The ``cudaStream_t`` of a role, for calls past torch."""

@@ -22,8 +22,9 @@ from headinfer_compile.runtime.ops import STREAMS
 from headinfer_compile.runtime.sizes import STAGING_SLOTS
 
 #: Arguments that are tokens, by op.
-_TOKENS = {"prefetch": 7, "wait": 1, "release": 1, "offload": 2, "tail": 2, "resident": 5}
-_MAKES_TOKENS = ("prefetch", "release", "pack", "offload")
+_TOKENS = {"prefetch": 7, "wait": 1, "release": 1, "offload": 2, "tail": 2, "resident": 5,
+           "wait_host": 1}  # fmt: skip
+_MAKES_TOKENS = ("prefetch", "release", "pack", "offload", "attend_host")
 _APPEND = -1
 
 

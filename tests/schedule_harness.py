@@ -92,7 +92,10 @@ def plan_keys(draw: st.DrawFn, largest: int = 4) -> PlanKey:
     else:
         pieces = (PieceKind("tail", draw(tiers)),) if draw(st.booleans()) else ()
         fused = kind == "one token" and fields["groups"] == 1 and draw(st.booleans())
-        key = decode_key(**fields, pieces=pieces, one_query=kind == "one token", fused=fused)
+        cpu = draw(st.integers(0, 2))
+        key = decode_key(
+            **fields, pieces=pieces, one_query=kind == "one token", fused=fused, cpu=cpu
+        )
     if key.distance and draw(st.booleans()):
         following = replace(
             key, groups=draw(st.integers(1, 3)), host=draw(st.integers(0, largest)), spec=1

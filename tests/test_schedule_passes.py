@@ -184,6 +184,10 @@ def test_any_geometry_gives_a_proved_schedule_that_attends_everything_once(key: 
     for node in ops_of(gm, "attend_merge"):
         attended[node.args[8:11]] += 1
     attended[0, 0, -4] += len(ops_of(gm, "attend_resident"))
+    for node in ops_of(gm, "merge_host"):
+        attended[(*node.args[6:8], -5)] += 1
+    asked = [node.args[4:] for node in ops_of(gm, "attend_host")]
+    assert asked == [(key.resident + key.host, key.cpu)] * bool(key.cpu)
     chunks = [(group, chunk) for group in range(key.groups) for chunk in range(key.chunks)]
     wanted = {(*pair, span) for pair in chunks for span in spans(key, pair[1])}
     assert +attended == Counter(wanted)

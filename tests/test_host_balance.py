@@ -1,0 +1,73 @@
+"""The share of the CPU: moved by what sites observe until it pays no more, without waiting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from headinfer_compile.runtime.host_balance import Balance, Race, Races
+
+
+def settle(link: float, cpu: float, blocks: int, steps: int = 40) -> tuple[Balance, list[float]]:
+    """Let a balance find its share; seconds of a block on the link and on the CPU."""
+    balance, times = Balance(), []
+    for _ in range(steps):
+        count = balance.count(blocks)
+        ends = (blocks - count) * link, count * cpu
+        times.append(max(ends))
+        balance.update(blocks, count, [ends[0] - ends[1]] * 3, cpu, 0.6 * link)
+    return balance, times
+
+
+@pytest.mark.parametrize("blocks", [2, 7, 16, 64])
+@pytest.mark.parametrize(("link", "cpu"), [(1.0, 0.6), (1.0, 1.0), (0.6, 1.0), (1.0, 0.3)])
+def test_the_share_moves_until_both_finish_together(blocks: int, link: float, cpu: float) -> None:
+    best = min(max((blocks - n) * link, n * cpu) for n in range(blocks + 1))
+    _, times = settle(link, cpu, blocks)
+    assert times[-1] <= 1.1 * best
+    assert len({*times[-20:]}) == 1, "it does not come to rest"
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 16, 64])
+def test_a_slow_cpu_is_left_out(blocks: int) -> None:
+    balance, times = settle(1.0, 200.0, blocks)
+    assert balance.count(blocks) == 0
+    assert times[-1] == blocks
+
+
+def test_an_observation_of_another_count_moves_nothing() -> None:
+    balance = Balance(0.5)
+    balance.update(16, 3, [1.0], 1e-3, 1e-3)
+    balance.update(16, 8, [], 1e-3, 1e-3)
+    balance.update(16, 8, [1e-3], 1e-3, 1e-3)
+    assert balance.share == 0.5
+
+
+@dataclass
+class At:
+    """A timing event that is reached at a time, or never."""
+
+    milliseconds: float | None
+
+    def query(self) -> bool:
+        return self.milliseconds is not None
+
+    def synchronize(self) -> None:
+        raise AssertionError("nothing waits for an event")
+
+    def elapsed_time(self, end: At, /) -> float:
+        assert end.milliseconds is not None and self.milliseconds is not None
+        return end.milliseconds - self.milliseconds
+
+
+def test_races_are_settled_without_waiting() -> None:
+    balance, races = Balance(0.5), Races()
+    for cpu, gpu in ((5.0, 9.0), (5.0, 9.5), (5.0, 9.0), (None, None)):
+        races.add(Race(balance, 16, 8, 1_000_000, At(cpu), At(gpu)))
+    races.settle(cpu_rate=1e9)
+    assert balance.lead_seconds == pytest.approx(4e-3)
+    assert balance.count(16) == 11
+    share = balance.share
+    races.settle(cpu_rate=1e9)
+    assert balance.share == share

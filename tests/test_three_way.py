@@ -1,0 +1,303 @@
+"""Decode on GPU, link and CPU together: tokens, proofs, orders of the streams, errors, shares."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness import (
+    CompiledModel,
+    assert_same,
+    clean_dynamo,
+    generate,
+    random_ids,
+    tiny_llama,
+    tiny_mistral,
+)
+from headinfer_compile import HeadInferCache
+from headinfer_compile.errors import HostAttentionError
+from headinfer_compile.report import explain
+from headinfer_compile.runtime import host_build, host_lane
+from headinfer_compile.runtime.host_attention import HostKernel
+from headinfer_compile.runtime.host_lane import HostLane
+from headinfer_compile.runtime.step import KVBlock
+from headinfer_compile.runtime.streams import Streams, Uses
+from headinfer_compile.simulator import simulated
+
+OFF = {"cpu_attention": "off"}
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[CompiledModel]:
+    """One model for all tests of this file."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with clean_dynamo():
+        yield CompiledModel(tiny_llama(0, heads=4, kv_heads=2))
+    torch.set_num_threads(threads)
+
+
+def play(model: CompiledModel, cache: HeadInferCache, calls: Sequence[int]) -> list[Tensor]:
+    """Logits of each call: new tokens, or tokens to crop when negative."""
+    ids, at, logits = random_ids(1, 512), 0, []
+    with torch.no_grad():
+        for count in calls:
+            if count > 0:
+                part = ids[:, at : at + count]
+                logits.append(model.model(part, past_key_values=cache, use_cache=True).logits)
+            else:
+                cache.crop(count)
+            at += max(0, count)
+    return logits
+
+
+CALLS = (40, 30, *[1] * 7, 3, -6, 1, 5, *[1] * 5)
+
+
+@pytest.mark.parametrize("share", [0.3, 1])
+@pytest.mark.parametrize("sizes", [{}, {"gpu_budget": 10_000}, {"page_tokens": 128}], ids=str)
+def test_tokens_are_those_of_the_resident_model(
+    model: CompiledModel, share: float, sizes: dict[str, Any]
+) -> None:
+    model.use(cpu_attention=share)
+    ids, oracle = model.prompt(3, tokens=190, new=14)
+    with model.cache(tail_tokens=4, **sizes) as cache:
+        assert_same(generate(model.model, ids, cache, 14, prefill_chunk_size=95), oracle)
+        stats = model.assert_streamed(cache)
+    assert stats.cpu_bytes > 0 and stats.cpu_gb_s
+    assert stats.op_calls["attend_host"] == stats.op_calls["wait_host"] == 13 * model.layers
+
+
+@pytest.mark.parametrize("window", [9, 21])
+def test_a_window_hides_rows_from_the_cpu_too(window: int) -> None:
+    with clean_dynamo():
+        model = CompiledModel(tiny_mistral(2, window), cpu_attention=0.5)
+        ids, oracle = model.prompt(5, tokens=50, new=12)
+        with model.cache(page_tokens=4, tail_tokens=4) as cache:
+            assert_same(generate(model.model, ids, cache, 12), oracle)
+            assert model.assert_streamed(cache).cpu_bytes > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_batch_in_half_precision_is_as_near_as_without_the_cpu(dtype: torch.dtype) -> None:
+    with clean_dynamo():
+        resident = tiny_llama(4).to(dtype)  # type: ignore[arg-type]
+        model = CompiledModel(resident)
+        ids = random_ids(4, 60, batch=2)
+        exact = model.forward(ids, model.resident_cache(), 20).float()
+        spread = []
+        for share in ("off", 0.6):
+            model.use(cpu_attention=share)
+            with model.cache() as cache:
+                parts = [model.forward(ids[:, :40], cache, 20)]
+                parts.append(model.forward(ids[:, 40:], cache, 1))
+                spread.append(float((torch.cat(parts, 1).float() - exact).abs().max()))
+                assert (cache.stats().cpu_bytes > 0) is (share != "off")
+    assert spread[1] <= 2 * spread[0] + 1e-3
+
+
+def test_a_fixed_share_is_bitwise_repeatable(model: CompiledModel) -> None:
+    model.use(cpu_attention=0.5)
+    runs = []
+    for _ in range(2):
+        with model.cache(tail_tokens=4) as cache:
+            runs.append(play(model, cache, CALLS))
+    assert all(map(torch.equal, *runs))
+
+
+def test_prefill_padding_and_off_leave_the_cpu_alone(model: CompiledModel) -> None:
+    ids = random_ids(0, 200, batch=2)
+    mask = torch.ones(2, 81, dtype=torch.int64)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        for options, one_more in ((OFF, {}), ({"cpu_attention": 1}, {"attention_mask": mask})):
+            model.use(**options)
+            with model.cache() as cache:
+                first = {"attention_mask": mask[:, :80]} if one_more else {}
+                model.model(ids[:, :80], past_key_values=cache, use_cache=True, **first)
+                model.model(ids[:, 80:81], past_key_values=cache, use_cache=True, **one_more)
+                assert cache.stats().cpu_bytes == 0
+        model.use(cpu_attention=1)
+        with model.cache() as cache:
+            for at in (0, 100):
+                part = ids[:, at : at + 100]
+                model.model(part, past_key_values=cache, use_cache=True)
+            assert cache.stats().cpu_bytes == 0
+
+
+def test_auto_has_no_link_to_relieve_on_a_cpu(model: CompiledModel) -> None:
+    model.use(cpu_attention="auto")
+    with model.cache() as cache:
+        play(model, cache, (40, 1, 1))
+        assert cache.stats().cpu_bytes == 0
+
+
+# -- orders of the streams --------------------------------------------------------------------
+
+ORDERS = (40, 40, *[1] * 10, -5, 12, *[1] * 6)
+
+
+def simulate(model: CompiledModel, **how: Any) -> tuple[list[Tensor], Any]:
+    with model.cache(tail_tokens=4) as cache:
+        with simulated(cache, **how) as simulation:
+            logits = play(model, cache, ORDERS)
+        return logits, simulation
+
+
+@pytest.mark.parametrize("options", [{}, {"num_slots": 2}, {"head_group": 1}], ids=str)
+def test_every_order_gives_bitwise_the_same(model: CompiledModel, options: dict[str, Any]) -> None:
+    model.use(cpu_attention=0.5, **options)
+    with model.cache(tail_tokens=4) as cache:
+        wanted = play(model, cache, ORDERS)
+    for seed in range(2):
+        found, simulation = simulate(model, seed=seed, synchronize=bool(seed % 2))
+        assert all(map(torch.equal, found, wanted)), f"seed {seed}"
+        assert simulation.edges["compute waits for host.done"] > 10
+
+
+@pytest.mark.parametrize(
+    "edge",
+    ["compute waits for host.done", "cpu waits for host.asked", "cpu waits for pages.written"],
+)
+def test_a_dropped_edge_is_found(model: CompiledModel, edge: str) -> None:
+    model.use(cpu_attention=0.5)
+    with model.cache(tail_tokens=4) as cache:
+        wanted = play(model, cache, ORDERS)
+    for seed in range(60):
+        found, simulation = simulate(model, seed=seed, synchronize=bool(seed % 2), drop=edge)
+        assert simulation.dropped == simulation.edges[edge] > 0
+        if not all(map(torch.equal, found, wanted)):
+            return
+    raise AssertionError(f"without {edge!r}, 60 orders gave the right logits")
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_pages(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """While it holds something, every job is told of more rows than its first page has."""
+    switch: list[bool] = []
+    good = HostLane.pages
+
+    def pages(lane: HostLane, layer: int, blocks: tuple[KVBlock, ...]) -> Any:
+        found = good(lane, layer, blocks)
+        if switch:
+            found = (ctypes.c_int64 * len(found))(*found)
+            found[2] = found[1] + 1
+        return found
+
+    monkeypatch.setattr(HostLane, "pages", pages)
+    return switch
+
+
+def test_a_failed_job_raises_and_leaves_the_cache_as_it_was(
+    model: CompiledModel, bad_pages: list[bool]
+) -> None:
+    model.use(cpu_attention=0.5)
+    with model.cache() as cache:
+        wanted = play(model, cache, (40, 1, 1, 1))
+    ids = random_ids(1, 512)
+    with model.cache() as cache, torch.no_grad():
+        found = play(model, cache, (40, 1, 1))
+        bad_pages.append(True)
+        for _ in range(2):
+            with pytest.raises(HostAttentionError, match="impossible sizes"):
+                model.model(ids[:, 42:43], past_key_values=cache, use_cache=True)
+            assert cache.get_seq_length() == cache.session.length == 42
+        bad_pages.clear()
+        found.append(model.model(ids[:, 42:43], past_key_values=cache, use_cache=True).logits)
+    assert all(map(torch.equal, found, wanted))
+
+
+class LateStreams(Streams):
+    """Runs jobs at once, or keeps them, as a GPU that lags behind the host does."""
+
+    late = False
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.kept: list[tuple[HostKernel, int]] = []
+
+    def call(self, kernel: HostKernel, job: int, uses: Uses) -> None:
+        self.kept.append((kernel, job))
+        if not self.late:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Run what was kept."""
+        for kernel, job in self.kept:
+            kernel.run(job)
+        self.kept.clear()
+
+
+def test_a_job_that_fails_late_raises_at_the_next_step_until_its_tokens_are_dropped(
+    model: CompiledModel, bad_pages: list[bool]
+) -> None:
+    model.use(cpu_attention=0.5)
+    with model.cache() as cache:
+        wanted = play(model, cache, (40, 1, 1, 1, 1))
+    ids = random_ids(1, 512)
+
+    def step(cache: HeadInferCache, at: int) -> Tensor:
+        logits: Tensor
+        logits = model.model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+        return logits
+
+    with model.cache() as cache, torch.no_grad():
+        cache.session.make_streams = LateStreams
+        play(model, cache, (40, 1, 1))
+        streams = cache.session.streams
+        assert isinstance(streams, LateStreams)
+        streams.late = True
+        bad_pages.append(True)
+        step(cache, 42)
+        bad_pages.clear()
+        step(cache, 43)
+        streams.catch_up()
+        for _ in range(2):
+            with pytest.raises(HostAttentionError, match=r"from 42 on .* crop\(-2\)"):
+                step(cache, 44)
+            assert cache.get_seq_length() == 44
+        streams.late = False
+        cache.crop(-2)
+        found = [step(cache, 42), step(cache, 43)]
+    assert all(map(torch.equal, found, wanted[-2:]))
+
+
+def test_without_a_kernel_the_link_takes_everything(
+    model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_lane, "shared_kernel", lambda _: None)
+    model.use(cpu_attention=0.5)
+    ids, oracle = model.prompt(3, tokens=40, new=6)
+    with model.cache() as cache:
+        assert_same(generate(model.model, ids, cache, 6), oracle)
+        assert model.assert_streamed(cache).cpu_bytes == 0
+
+
+# -- reports ----------------------------------------------------------------------------------
+
+
+def test_explain_and_the_schedule_show_the_third_lane(model: CompiledModel) -> None:
+    found = explain(
+        model.resident, context=200, chunk=64, options={"cpu_attention": 0.5}, page_tokens=16,
+        tail_tokens=8,
+    )  # fmt: skip
+    text = str(found)
+    assert "on the CPU" in text and "attends on the CPU" in text
+    step = found.graphs[-1].step
+    assert step is not None and step.cpu_bytes > 0 and step.h2d_bytes > 0
+    (schedule, *_) = step.schedules
+    assert "= headinfer.attend_host(handle, layer, q, 0," in schedule.text
+    assert "# compute, after attend_host" in schedule.text
+
+
+def test_the_library_is_the_one_of_this_source() -> None:
+    names = [path.name for path in host_build.source_files()]
+    assert names[0] == "host_attention.cpp" and len(names) == 4
