@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
+# Times in the report are those of the machine that it describes, not of the one that builds.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="docs-")
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "headinfer-compile"
