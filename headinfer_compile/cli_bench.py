@@ -23,6 +23,7 @@ CASES = {
     "needle": "recall of planted pairs over depth and length",
     "timeline": "kernels and copies of one decode step, by stream",
     "host_attention": "attention over host pages on the CPU, against a plain read of them",
+    "plan_accuracy": "predicted beside measured bytes and seconds",
     "roofline": "the rates of this machine",
     "bars": "judges the results and writes bars.json",
     "plots": "draws the pictures from the results",

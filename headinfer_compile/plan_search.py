@@ -374,8 +374,9 @@ def largest_context(facts: ModelFacts, machine: Machine, request: Request) -> tu
     if request.host_budget is not None:
         host = min(host, request.host_budget)
     token = facts.token_bytes * request.batch
-    low, high = 0, (host + machine.gpus * machine.gpu_memory) // token + 2
-    limit = "GPU memory"
+    device = machine.gpus * machine.gpu_memory or request.gpu_budget or 0
+    low, high = 0, (host + device) // token + 2
+    limit = "GPU memory" if machine.gpu_memory else "host memory"
     while high - low > 1:
         middle = (low + high) // 2
         asked = replace(request, context=middle)
