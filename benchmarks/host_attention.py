@@ -136,6 +136,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     add("--layer-pages", type=int, default=10 if cuda else 4, help="pages of one job")
     add("--seconds", type=float, default=0.25 if cuda else 0.05, help="of each measurement")
     add("--rounds", type=int, default=3)
+    add("--flags", nargs="+", default=[], help="more for the compiler, such as HA_TILE=32")
+    add("--level", choices=LEVELS, help="an instruction set below the best of this machine")
     args = cli.parse_args(argv)
     setup = prepare(args)
     nbytes = parse_bytes(args.pages, "--pages")
@@ -146,7 +148,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     if link is not None:
         link.rates(None, nbytes)
     for threads in args.threads:
-        kernel = host_kernel(threads)
+        level = LEVELS.index(args.level) if args.level else -1
+        kernel = host_kernel(threads, level, tuple(f"-D{flag}" for flag in args.flags))
         if kernel is None:
             say("no kernel: see the warning")
             return []
@@ -157,7 +160,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
             row |= {
                 "id": f"host_attention/{setup.tag}/t{threads}/{text}", "case": "host_attention",
                 "threads": threads, "cores": cores, "queries_per_kv": group, "queries": queries,
-                "level": LEVELS[kernel.best_level], "page_tokens": args.page_tokens,
+                "level": LEVELS[kernel.best_level if level < 0 else level], "flags": args.flags,
+                "page_tokens": args.page_tokens,
                 "layer_bytes": pages.page_bytes * args.layer_pages,
             } | provenance(setup.device, args.note)  # fmt: skip
             rows.append(row)

@@ -164,9 +164,9 @@ class HostKernel:
             self._pool = None
 
 
-def host_kernel(threads: int, level: int = -1) -> HostKernel | None:
+def host_kernel(threads: int, level: int = -1, flags: tuple[str, ...] = ()) -> HostKernel | None:
     """The kernel with ``threads`` threads of its own; None where it cannot be built (said once)."""
-    found = library()
+    found = library(flags)
     return None if found is None else HostKernel(found, threads, level)
 
 

@@ -7,9 +7,9 @@
 // and V stay in the first-level cache while all query rows pass over them; what comes next is
 // prefetched along the way, so that memory never waits for the arithmetic.
 
-constexpr int kTile = 64;
+constexpr int kTile = HA_TILE;
 constexpr int kRowBlock = 16;
-constexpr int kPrefetchBytes = 16384;
+constexpr int kPrefetchBytes = HA_PREFETCH_BYTES;
 
 HA_FN F exp_nonpositive(F x) {
   // Cephes' expf: x = n ln 2 + r with |r| <= ln 2 / 2, then a polynomial of degree 6.
@@ -38,23 +38,29 @@ HA_FN void score(const float* q, int64_t q_stride, const T* k, int64_t dim, int 
     const int at = j + JB <= rows ? j : rows - JB;
     const T* base = k + at * dim;
     F acc[kLanes];
+    HA_UNROLL
     for (int i = 0; i < kLanes; ++i) acc[i] = zero();
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) {
       F rows_of_q[RB];
+      HA_UNROLL
       for (int r = 0; r < RB; ++r) rows_of_q[r] = load(q + r * q_stride + d);
+      HA_UNROLL
       for (int jj = 0; jj < JB; ++jj) {
         const T* at_k = base + jj * dim + d;
         if (Ahead) prefetch(reinterpret_cast<const char*>(at_k) + kPrefetchBytes);
         const F keys = load(at_k);
+        HA_UNROLL
         for (int r = 0; r < RB; ++r) {
           acc[r * JB + jj] = fma(rows_of_q[r], keys, acc[r * JB + jj]);
         }
       }
     }
     if (d < dim) {
+      HA_UNROLL
       for (int jj = 0; jj < JB; ++jj) {
         const F keys = load_first(base + jj * dim + d, static_cast<int>(dim - d));
+        HA_UNROLL
         for (int r = 0; r < RB; ++r) {
           acc[r * JB + jj] = fma(load(q + r * q_stride + d), keys, acc[r * JB + jj]);
         }
@@ -62,12 +68,14 @@ HA_FN void score(const float* q, int64_t q_stride, const T* k, int64_t dim, int 
     }
     alignas(64) float sums[kLanes];
     store(sums, sum_each(acc));
+    HA_UNROLL
     for (int r = 0; r < RB; ++r) {
       std::memcpy(s + r * kTile + at, sums + r * JB, JB * sizeof(float));
     }
     j = at + JB;
   }
   for (; j < rows; ++j) {
+    HA_UNROLL
     for (int r = 0; r < RB; ++r) {
       F acc = zero();
       for (int64_t d = 0; d < dim; d += kLanes) {
@@ -90,15 +98,19 @@ HA_FN void score_pairs(
     const int at = j + JB <= rows ? j : rows - JB;
     const bf16* base = k + at * dim;
     F acc[kLanes];
+    HA_UNROLL
     for (int i = 0; i < kLanes; ++i) acc[i] = zero();
     for (int64_t d = 0; d < dim; d += 2 * kLanes) {
       Pairs rows_of_q[RB];
+      HA_UNROLL
       for (int r = 0; r < RB; ++r) rows_of_q[r] = load_pairs(q + r * q_stride + d, 2 * kLanes);
       const int count = dim - d < 2 * kLanes ? static_cast<int>(dim - d) : 2 * kLanes;
+      HA_UNROLL
       for (int jj = 0; jj < JB; ++jj) {
         const bf16* at_k = base + jj * dim + d;
         if (Ahead) prefetch(reinterpret_cast<const char*>(at_k) + kPrefetchBytes);
         const Pairs keys = load_pairs(at_k, count);
+        HA_UNROLL
         for (int r = 0; r < RB; ++r) {
           acc[r * JB + jj] = dot_pairs(acc[r * JB + jj], rows_of_q[r], keys);
         }
@@ -106,12 +118,14 @@ HA_FN void score_pairs(
     }
     alignas(64) float sums[kLanes];
     store(sums, sum_each(acc));
+    HA_UNROLL
     for (int r = 0; r < RB; ++r) {
       std::memcpy(s + r * kTile + at, sums + r * JB, JB * sizeof(float));
     }
     j = at + JB;
   }
   for (; j < rows; ++j) {
+    HA_UNROLL
     for (int r = 0; r < RB; ++r) {
       F acc = zero();
       for (int64_t d = 0; d < dim; d += 2 * kLanes) {
@@ -130,20 +144,27 @@ template <class T, int RB, int CB, bool Ahead>
 HA_FN void weigh(
     const float* p, const T* v, int64_t dim, int64_t column, int rows, float* o, int64_t o_stride) {
   F acc[RB * CB];
+  HA_UNROLL
   for (int r = 0; r < RB; ++r) {
+    HA_UNROLL
     for (int c = 0; c < CB; ++c) acc[r * CB + c] = load(o + r * o_stride + column + c * kLanes);
   }
   const T* row = v + column;
   for (int j = 0; j < rows; ++j, row += dim) {
     F weights[RB];
+    HA_UNROLL
     for (int r = 0; r < RB; ++r) weights[r] = set1(p[r * kTile + j]);
+    HA_UNROLL
     for (int c = 0; c < CB; ++c) {
       if (Ahead) prefetch(reinterpret_cast<const char*>(row + c * kLanes) + kPrefetchBytes);
       const F values = load(row + c * kLanes);
+      HA_UNROLL
       for (int r = 0; r < RB; ++r) acc[r * CB + c] = fma(weights[r], values, acc[r * CB + c]);
     }
   }
+  HA_UNROLL
   for (int r = 0; r < RB; ++r) {
+    HA_UNROLL
     for (int c = 0; c < CB; ++c) store(o + r * o_stride + column + c * kLanes, acc[r * CB + c]);
   }
 }
@@ -153,11 +174,14 @@ HA_FN void weigh_last(
     const float* p, const T* v, int64_t dim, int64_t column, int rows, float* o, int64_t o_stride) {
   F acc[RB];
   const int count = static_cast<int>(dim - column);
+  HA_UNROLL
   for (int r = 0; r < RB; ++r) acc[r] = load(o + r * o_stride + column);
   for (int j = 0; j < rows; ++j) {
     const F values = load_first(v + j * dim + column, count);
+    HA_UNROLL
     for (int r = 0; r < RB; ++r) acc[r] = fma(set1(p[r * kTile + j]), values, acc[r]);
   }
+  HA_UNROLL
   for (int r = 0; r < RB; ++r) store(o + r * o_stride + column, acc[r]);
 }
 
@@ -228,6 +252,7 @@ HA_FN void attend_block(const Run& run, int row, int64_t at, int rows, float* s)
     const float* q = run.q + row * run.q_stride;
     score<T, RB, Ahead>(q, run.q_stride, k, run.head_dim, rows, s);
   }
+  HA_UNROLL
   for (int r = 0; r < RB; ++r) {
     int64_t first = 0;
     if (run.starts != nullptr) first = run.starts[(row + r) % run.queries] - (run.position + at);
@@ -281,6 +306,7 @@ HA_FN void attend_run(const Run& run) {
 // Read every byte of a run and nothing else: what memory gives a kernel that does no work.
 HA_FN float read_run(const Run& run) {
   F sums[8];
+  HA_UNROLL
   for (int i = 0; i < 8; ++i) sums[i] = zero();
   for (int part = 0; part < 2; ++part) {
     const void* start = part == 0 ? run.k : run.v;
@@ -291,6 +317,7 @@ HA_FN float read_run(const Run& run) {
       for (int64_t line = 0; line < 8 * kLanes; line += 16) {
         prefetch(reinterpret_cast<const char*>(at + i + line) + kPrefetchBytes);
       }
+      HA_UNROLL
       for (int lane = 0; lane < 8; ++lane) {
         sums[lane] = either(sums[lane], load(at + i + lane * kLanes));
       }

@@ -13,6 +13,25 @@
 #include <immintrin.h>
 #endif
 
+// What a tuning run may set: rows of a tile; how far ahead K and V are prefetched, and into which
+// cache (3: first level, 2: second, 0: past them).
+#ifndef HA_TILE
+#define HA_TILE 64
+#endif
+#ifndef HA_PREFETCH_BYTES
+#define HA_PREFETCH_BYTES 16384
+#endif
+#ifndef HA_PREFETCH_LEVEL
+#define HA_PREFETCH_LEVEL 2
+#endif
+
+// Accumulators are arrays that have to end in registers, whatever the compiler thinks of its limits.
+#if defined(__clang__)
+#define HA_UNROLL _Pragma("unroll")
+#else
+#define HA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace host_attention {
 
 struct bf16 {
@@ -88,7 +107,7 @@ HA_FN float greatest(F x) {
   return std::fmax(std::fmax(x[0], x[1]), std::fmax(x[2], x[3]));
 }
 HA_FN F sum_each(const F* acc) { return F{sum(acc[0]), sum(acc[1]), sum(acc[2]), sum(acc[3])}; }
-HA_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+HA_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, HA_PREFETCH_LEVEL); }
 HA_FN float widen(float x) { return x; }
 HA_FN float widen(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -190,7 +209,7 @@ HA_FN float greatest(F x) {
   for (int i = 1; i < 8; ++i) top = held[i] > top ? held[i] : top;
   return top;
 }
-HA_FN void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+HA_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, HA_PREFETCH_LEVEL); }
 
 #include "host_attention_kernel.h"
 #undef HA_FN
@@ -254,7 +273,7 @@ HA_FN void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _
   }                                                                                                \
   HA_FN float sum(F x) { return _mm512_reduce_add_ps(x); }                                         \
   HA_FN float greatest(F x) { return _mm512_reduce_max_ps(x); }                                    \
-  HA_FN void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+  HA_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, HA_PREFETCH_LEVEL); }
 
 namespace avx512 {
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).resolve().parent
 _SOURCE = "host_attention.cpp"
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-pthread")
 _TIMEOUT_SECONDS = 300
 
 
@@ -33,11 +33,15 @@ def source_files() -> list[Path]:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The library, built if it has to be; None, said once, where that is not possible."""
+def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """The library, built if it has to be; None, said once, where that is not possible.
+
+    Args:
+        flags: More for the compiler, to try another kernel.
+    """
     compiler = get_cxx_compiler()
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return ctypes.CDLL(str(_built(compiler, (*_FLAGS, *flags))))
     except FileNotFoundError:
         reason = f"there is no C++ compiler {compiler!r} (CXX names another one)"
     except subprocess.CalledProcessError as error:
@@ -49,9 +53,9 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: str, flags: tuple[str, ...]) -> Path:
     """The path of the shared library for this source, these flags and this architecture."""
-    digest = hashlib.sha256(repr((compiler, _FLAGS, platform.machine())).encode())
+    digest = hashlib.sha256(repr((compiler, flags, platform.machine())).encode())
     for path in source_files():
         digest.update(path.read_bytes())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -62,7 +66,7 @@ def _built(compiler: str) -> Path:
     # Built aside and moved: two processes that build at once both end with a whole file.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
-        command = [compiler, *_FLAGS, str(_FOLDER / _SOURCE), "-o", str(made)]
+        command = [compiler, *flags, str(_FOLDER / _SOURCE), "-o", str(made)]
         subprocess.run(
             command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
         )
