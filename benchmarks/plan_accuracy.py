@@ -42,7 +42,8 @@ from headinfer_compile.config import HeadInferConfig, parse_bytes
 from headinfer_compile.cost_model import evaluate
 from headinfer_compile.machine import Rates
 from headinfer_compile.model_facts import ModelFacts, facts_of
-from headinfer_compile.plan_search import Request, Settings, chunk_values
+from headinfer_compile.plan_memory import Request, Settings
+from headinfer_compile.plan_time import chunk_values
 from headinfer_compile.planner import Plan, make_plan
 from headinfer_compile.probe import probe, this_machine
 

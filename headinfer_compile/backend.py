@@ -119,6 +119,14 @@ def compile_graph(
             "model under torch.no_grad() or torch.inference_mode(), or use generate()"
         )
         return _refuse(HeadInferError(message))
+    devices = {str(v.device) for v in example_inputs if isinstance(v, torch.nn.Parameter)}
+    if len(devices) > 1:
+        message = (
+            f"the model's weights are on {', '.join(sorted(devices))}: layers on several devices "
+            "(a split device_map) can be planned (headinfer plan --gpus) and not yet run; load the "
+            "model on one device"
+        )
+        return _refuse(HeadInferError(message))
     if len({update.args[0] for update in updates}) > 1:
         message = "one call uses two HeadInferCaches: a graph serves one cache at a time"
         return _refuse(HeadInferError(message))

@@ -19,7 +19,11 @@ from headinfer_compile.cache import HeadInferCache
 from headinfer_compile.config import HeadInferConfig, parse_bytes
 from headinfer_compile.errors import OptionError
 from headinfer_compile.generation import Generation, run_generate
+from headinfer_compile.model_facts import shape_facts
 from headinfer_compile.models import find_source, load_model, load_tokenizer
+from headinfer_compile.plan_memory import Request
+from headinfer_compile.planner import make_plan
+from headinfer_compile.probe import this_machine
 from headinfer_compile.tables import stats_table
 
 
@@ -133,7 +137,9 @@ def generate(
     host_budget: Annotated[
         str, typer.Option(help="KV bytes allowed in host RAM, such as 64GiB, or auto.")
     ] = "auto",
-    chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens per forward.")] = 16384,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Prompt tokens per forward; default: the plan's.")
+    ] = None,
     page_tokens: Annotated[str, typer.Option(help="Tokens of a host page, or auto.")] = "auto",
     tail_tokens: Annotated[
         str, typer.Option(help="Newest tokens kept on the device, or auto.")
@@ -174,7 +180,6 @@ def generate(
     }
     how: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        "prefill_chunk_size": chunk,
         "seed": seed,
         **_sampling(temperature, top_p, top_k),
     }
@@ -190,7 +195,9 @@ def generate(
     if network.generation_config.pad_token_id is None:
         how["pad_token_id"] = tokenizer.eos_token_id
     with HeadInferCache(network.config, strict=strict, device=place, **cache_options) as cache:
-        cache.reserve(input_ids.shape[1] + max_new_tokens)
+        total = input_ids.shape[1] + max_new_tokens
+        cache.reserve(total)
+        how["prefill_chunk_size"] = chunk or _planned_chunk(network, total, options, cache_options)
         resident = None
         if check:
             kept = DynamicCache(config=network.config)
@@ -242,6 +249,24 @@ def _find_device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"--device {name}: only cpu and cuda are supported")
     return device
+
+
+def _planned_chunk(
+    network: PreTrainedModel, tokens: int, options: dict[str, Any], sizes: dict[str, Any]
+) -> int:
+    """The prefill chunk that the planner advises on this machine.
+
+    Raises:
+        DoesNotFitError: No chunk fits.
+    """
+    cuda = network.device.type == "cuda"
+    machine = this_machine(measure=False, model=network if cuda else None)
+    if not cuda:
+        machine = dataclasses.replace(machine, gpu_memory=0)
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size != "auto"}
+    config = HeadInferConfig.from_options(options)
+    request = Request(tokens, config=config, **given)
+    return make_plan(shape_facts(network, type(network).__name__), machine, request).chunk
 
 
 def _warn_if_too_long(console: Console, network: PreTrainedModel, tokens: int) -> None:

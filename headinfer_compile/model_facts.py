@@ -127,7 +127,7 @@ def facts_of(
     own = getattr(config, "dtype", None)
     dtype = dtype or (getattr(torch, own) if isinstance(own, str) else own) or torch.bfloat16
     meta = _meta_model(config, dtype, kind)
-    facts = _facts(meta, name or type(meta).__name__, dtype)
+    facts = shape_facts(meta, name or type(meta).__name__)
     if live is not None:
         held = sum(p.nbytes for p in {id(p): p for p in live.parameters()}.values())
         facts = replace(facts, weight_bytes=held)
@@ -146,7 +146,14 @@ def _meta_model(
     return made
 
 
-def _facts(model: PreTrainedModel, name: str, dtype: torch.dtype) -> ModelFacts:
+def shape_facts(model: PreTrainedModel, name: str) -> ModelFacts:
+    """The facts that the shape of a model shows; nothing is traced and no weight is read.
+
+    Args:
+        model: On any device.
+        name: What to call it.
+    """
+    dtype = model.dtype
     config: Any = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -7,7 +7,8 @@ from typing import Literal
 
 from headinfer_compile.machine import Machine
 from headinfer_compile.model_facts import ModelFacts
-from headinfer_compile.plan_search import Memory, chunk_values
+from headinfer_compile.plan_memory import Memory
+from headinfer_compile.plan_time import chunk_values
 
 
 @dataclass(frozen=True)

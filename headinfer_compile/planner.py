@@ -18,19 +18,10 @@ from headinfer_compile.errors import DoesNotFitError, OptionError
 from headinfer_compile.machine import Machine, describe
 from headinfer_compile.model_facts import ModelFacts, facts_of
 from headinfer_compile.models import DTYPES
+from headinfer_compile.plan_memory import Memory, Request, Settings, memory_of
 from headinfer_compile.plan_roofline import RooflineRow, roofline_rows
-from headinfer_compile.plan_search import (
-    Choice,
-    Memory,
-    Request,
-    Settings,
-    choose,
-    decode_of,
-    largest_context,
-    memory_of,
-    prefill_of,
-    smallest_settings,
-)
+from headinfer_compile.plan_search import Choice, choose, largest_context, smallest_settings
+from headinfer_compile.plan_time import decode_of, prefill_of
 from headinfer_compile.probe import this_machine
 from headinfer_compile.refusal import refusal
 
@@ -89,7 +80,7 @@ class Plan:
     def options(self) -> dict[str, Any]:
         """Compile options that make the backend do what was planned."""
         config = self.choice.memory.settings.config
-        names = ("head_group", "slot_tokens", "num_slots", "prefetch_distance")
+        names = ("head_group", "slot_tokens", "num_slots", "prefetch_distance", "cpu_attention")
         return {name: getattr(config, name) for name in names}
 
     @property

@@ -8,13 +8,8 @@ from typing import Any
 from headinfer_compile.config import format_bytes
 from headinfer_compile.machine import Machine
 from headinfer_compile.model_facts import ModelFacts
-from headinfer_compile.plan_search import (
-    Memory,
-    Request,
-    largest_context,
-    memory_of,
-    smallest_settings,
-)
+from headinfer_compile.plan_memory import Memory, Request, memory_of
+from headinfer_compile.plan_search import largest_context, smallest_settings
 
 _GIB = 1 << 30
 

@@ -13,14 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from headinfer_compile.cache import HeadInferCache
-from headinfer_compile.config import HeadInferConfig, parse_tokens
-from headinfer_compile.errors import HeadInferError, OptionError
+from headinfer_compile.config import HeadInferConfig, parse_bytes, parse_tokens
+from headinfer_compile.errors import DoesNotFitError, HeadInferError, OptionError
 from headinfer_compile.explanation import Call, Explanation, GraphExplanation
 from headinfer_compile.known_models import known_config
 from headinfer_compile.machine import Machine, describe
+from headinfer_compile.model_facts import ModelFacts, shape_facts
 from headinfer_compile.models import find_source, load_config
 from headinfer_compile.passes.graph_utils import calls as calls_op
 from headinfer_compile.plan_key import plan_key
+from headinfer_compile.plan_memory import Request, Settings
+from headinfer_compile.planner import Plan, make_plan
 from headinfer_compile.probe import this_machine
 from headinfer_compile.report_graphs import PlannedGraph, RecordedGraph, Recorder, compiled_by
 from headinfer_compile.report_step import explain_step
@@ -174,7 +177,26 @@ def _explain_context(
             f"{type(meta).__name__}: {context:,} tokens of context in chunks of {chunk:,}, batch "
             f"{batch}, {str(meta.dtype).removeprefix('torch.')}, traced without weights"
         )
-        return Explanation(title, tuple(graphs), cache.stats())
+        facts = shape_facts(meta, type(meta).__name__)
+        planned = _plan_of(facts, machine, Request(context, chunk, batch, config=config), sizes)
+        return Explanation(title, tuple(graphs), cache.stats(), planned)
+
+
+def _plan_of(
+    facts: ModelFacts, machine: Machine, request: Request, sizes: Mapping[str, Any]
+) -> Plan | None:
+    """The plan of what is explained, with its settings; None where it does not fit here."""
+    given: dict[str, Any] = {
+        name: parse_bytes(value, name) if name.endswith("budget") else value
+        for name, value in sizes.items()
+        if name in ("gpu_budget", "host_budget", "page_tokens", "tail_tokens") and value != "auto"
+    }
+    request = replace(request, **given)
+    assert request.chunk is not None
+    try:
+        return make_plan(facts, machine, request, Settings(request.chunk, request.config))
+    except DoesNotFitError:
+        return None
 
 
 def _meta_model(model: Any, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -49,6 +49,8 @@ def render(explanation: Explanation) -> str:
             for index, item in enumerate(graph.step.schedules):
                 lines += _schedule(item, graph.step.schedules[:index])
     lines += ["", "== bytes ==", *(f"  {line}" for line in _storage(explanation))]
+    if explanation.plan is not None:
+        lines += ["", "== plan ==", *(f"  {line}" for line in str(explanation.plan).splitlines())]
     return "\n".join(lines) + "\n"
 
 

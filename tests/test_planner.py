@@ -20,7 +20,7 @@ from headinfer_compile.errors import DoesNotFitError, OptionError
 from headinfer_compile.known_models import KNOWN_MODELS
 from headinfer_compile.machine import Machine, Rates, describe, parse_rate
 from headinfer_compile.model_facts import ModelFacts, facts_of
-from headinfer_compile.plan_search import Request, Settings
+from headinfer_compile.plan_memory import Request, Settings
 from headinfer_compile.planner import adaptive_head_group, make_plan
 
 GIB = 1 << 30

@@ -13,7 +13,7 @@ from hypothesis import strategies as st  # noqa: E402
 from headinfer_compile.errors import DoesNotFitError  # noqa: E402
 from headinfer_compile.machine import Machine, Rates  # noqa: E402
 from headinfer_compile.model_facts import Footprint, ModelFacts  # noqa: E402
-from headinfer_compile.plan_search import Request  # noqa: E402
+from headinfer_compile.plan_memory import Request  # noqa: E402
 from headinfer_compile.planner import Plan, make_plan  # noqa: E402
 from test_planner import check  # noqa: E402
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from headinfer_compile import HeadInferCache, headinfer, plan
+from headinfer_compile import HeadInferCache, explain, headinfer, plan
+from headinfer_compile.backend import compile_graph
 from headinfer_compile.config import HeadInferConfig
-from headinfer_compile.errors import DoesNotFitError
+from headinfer_compile.errors import DoesNotFitError, HeadInferError
 from headinfer_compile.machine import Machine, Rates
 from headinfer_compile.model_facts import facts_of
-from headinfer_compile.plan_search import Request, Settings
+from headinfer_compile.plan_memory import Request, Settings
 from headinfer_compile.planner import make_plan
 
 PAGE, TAIL = 48, 8
@@ -143,6 +144,33 @@ def test_reserve_refuses_and_keeps_nothing(model: PreTrainedModel) -> None:
             cache.reserve(101)
         cache.reserve(100)
         assert cache.session.reserved == 100
+
+
+def test_a_split_model_is_refused(model: PreTrainedModel) -> None:
+    """As with ``device_map="auto"`` over two devices; here the second one is meta."""
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        split = list(example_inputs)
+        last = max(i for i, value in enumerate(split) if isinstance(value, torch.nn.Parameter))
+        split[last] = torch.nn.Parameter(split[last].to("meta"), requires_grad=False)
+        return compile_graph(gm, split, HeadInferConfig(lowering="eager"))
+
+    model.compile(backend=backend)
+    network: Any = model
+    with (
+        cache_for(model, gpu_budget=0, host_budget=1 << 30) as cache,
+        torch.no_grad(),
+        pytest.raises(HeadInferError, match=r"weights are on cpu, meta.*device_map.*--gpus"),
+    ):
+        network(torch.zeros(1, 100, dtype=torch.int64), past_key_values=cache)
+
+
+def test_explain_has_a_plan(model: PreTrainedModel) -> None:
+    found = explain(model.config, context=256, chunk=128, gpu_budget=0, page_tokens=PAGE)
+    assert found.plan is not None
+    assert found.plan.chunk == 128 and found.plan.host_bytes == found.storage.host_bytes
+    assert "== plan ==" in str(found) and "largest context" in str(found)
+    assert found.to_json()["plan"]["context"] == 256
 
 
 def test_a_live_model_is_planned_with_its_own_weights(model: PreTrainedModel) -> None:
