@@ -288,9 +288,8 @@ class Session(Store):
                 batch=geometry.batch,
                 mask_columns=max(layout.slot_tokens, step.new) if masked else 0,
             )
-            limit = int(self.config.workspace_bytes)
-            step.query_chunk[index] = query_chunk(limit, per_query, step.new)
-            used = per_query * step.query_chunk[index]
+            tokens = query_chunk(int(self.config.workspace_bytes), per_query, step.new)
+            step.query_chunk[index], used = tokens, per_query * tokens
             self.counters.workspace_bytes = max(self.counters.workspace_bytes, used)
         return -(-step.new // step.query_chunk[index])
 
