@@ -43,7 +43,8 @@ class Model:
     """A compiled model whose options can be changed without compiling again."""
 
     def __init__(self, model: Any, lowering: str) -> None:
-        self.model, self.options = model, {"lowering": lowering}
+        self.model = model
+        self.options: dict[str, Any] = {"lowering": lowering}
         self.graphs: list[CompiledGraph] = []
         model.compile(backend=self._backend)
 

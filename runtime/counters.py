@@ -21,3 +21,8 @@ class Counters:
     op_calls: Counter[str] = field(default_factory=Counter)
     workspace_bytes: int = 0
     timings: Timings = field(default_factory=Timings)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that copies have moved and the CPU has attended."""
+        return self.h2d_bytes + self.d2h_bytes + self.cpu_bytes

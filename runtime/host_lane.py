@@ -228,18 +228,26 @@ class HostLane:
 def cpu_blocks(session: Session, index: int) -> int:
     """How many host blocks of this step the CPU attends at sites of class ``index``.
 
-    Prefill never uses the CPU, nor does a mask that is more than a band over the past. With
-    ``"auto"`` it is nothing on a CPU, which has no link to relieve.
+    Prefill never uses the CPU, nor does a mask that is more than a band over the past, K and V that
+    are stored compressed, or a batch of which rows share what is stored. With ``"auto"`` it is
+    nothing on a CPU, which has no link to relieve.
     """
     step, geometry, setting = session.step, session.geometry, session.config.cpu_attention
     assert step is not None and geometry is not None
     if setting == "off" or step.phase != "decode":
         return 0
     spec = session.specs[index]
-    blocks = sum(block.tier == "host" for block in session.kv_blocks(spec))
+    on_host = [block for block in session.kv_blocks(spec) if block.tier == "host"]
+    blocks = len(on_host)
     if (
         not blocks
         or spec.mask.expr is not None
+        or spec.expand is not None
+        or not all(
+            page.is_plain and page.num_rows == geometry.batch
+            for block in on_host
+            for page, _ in block.pages
+        )
         or any(step.padding.values())
         or geometry.dtype not in DTYPES
         or session.query_chunks(index) > 1

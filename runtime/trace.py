@@ -30,11 +30,15 @@ _ARGUMENTS: dict[str, dict[str, int]] = {
     "attend": {"group": 5, "chunk": 6, "block": 7},
     "attend_merge": {"group": 7, "chunk": 8, "block": 9},
     "attend_resident": {"layer": 0},
+    "attend_host": {"layer": 0, "block": 3},
+    "merge_host": {"group": 5, "chunk": 6},
     "store": {"group": 3, "chunk": 4},
 }
 
 #: Ops that put work on the compute stream; the others only queue copies, events or views.
-_COMPUTE_OPS = ("pack", "wait", "attend", "attend_merge", "attend_resident", "store")
+_COMPUTE_OPS = (
+    "pack", "wait", "attend", "attend_merge", "attend_resident", "wait_host", "merge_host", "store"
+)  # fmt: skip
 
 #: A point in time on a stream: a CUDA event, or nanoseconds of the host's clock.
 Mark = Any
@@ -231,7 +235,7 @@ class Timer:
         if step is None:
             return
         span.host_begin, span.host_end = host_begin, self.host_us()
-        if span.name in ("prefetch", "offload"):
+        if span.name in ("prefetch", "offload", "attend_host"):
             role, begin, end = self.copy
             if end is not None:
                 span.stream, span.begin, span.end, span.nbytes = role, begin, end, moved
@@ -349,7 +353,7 @@ class Observer:
         if range_ is not None:
             range_.__enter__()
         host_begin = 0.0 if self.timer is None else self.timer.host_us()
-        before = session.counters.h2d_bytes + session.counters.d2h_bytes
+        before = session.counters.moved_bytes
         try:
             result = function(session, *args)
         finally:
@@ -361,7 +365,7 @@ class Observer:
             span.transfer = result
             self._transfers[result] = span
         if self.timer is not None:
-            moved = session.counters.h2d_bytes + session.counters.d2h_bytes - before
+            moved = session.counters.moved_bytes - before
             self.timer.finish(span, host_begin, moved)
         return result
 

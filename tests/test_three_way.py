@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from harness import (
+    MAX_LOGIT_DIFFERENCE,
+    VOCAB,
     CompiledModel,
     assert_same,
     clean_dynamo,
@@ -19,7 +21,7 @@ from harness import (
     tiny_llama,
     tiny_mistral,
 )
-from headinfer_compile import HeadInferCache
+from headinfer_compile import HeadInferCache, profile
 from headinfer_compile.errors import HostAttentionError
 from headinfer_compile.report import explain
 from headinfer_compile.runtime import host_build, host_lane
@@ -101,13 +103,29 @@ def test_a_batch_in_half_precision_is_as_near_as_without_the_cpu(dtype: torch.dt
     assert spread[1] <= 2 * spread[0] + 1e-3
 
 
-def test_a_fixed_share_is_bitwise_repeatable(model: CompiledModel) -> None:
-    model.use(cpu_attention=0.5)
+def test_a_fixed_share_is_bitwise_repeatable_and_right(model: CompiledModel) -> None:
     runs = []
-    for _ in range(2):
+    for share in ("off", 0.5, 0.5):
+        model.use(cpu_attention=share)
         with model.cache(tail_tokens=4) as cache:
             runs.append(play(model, cache, CALLS))
-    assert all(map(torch.equal, *runs))
+    link, *both = runs
+    assert all(map(torch.equal, *both))
+    for one, other in zip(link, both[0], strict=True):
+        torch.testing.assert_close(one, other, atol=MAX_LOGIT_DIFFERENCE, rtol=0)
+
+
+def test_beams_whose_rows_share_pages_are_right(model: CompiledModel) -> None:
+    model.use(cpu_attention=1)
+    ids = random_ids(6, 90)
+    how: dict[str, Any] = {
+        "max_new_tokens": 10, "min_new_tokens": 10, "num_beams": 3, "do_sample": False,
+        "pad_token_id": VOCAB,
+    }  # fmt: skip
+    wanted = model.resident.generate(ids, **how)  # type: ignore[operator]
+    with model.cache() as cache:
+        found = model.model.generate(ids, past_key_values=cache, **how)
+    assert torch.equal(found, wanted)
 
 
 def test_prefill_padding_and_off_leave_the_cpu_alone(model: CompiledModel) -> None:
@@ -301,3 +319,16 @@ def test_explain_and_the_schedule_show_the_third_lane(model: CompiledModel) -> N
 def test_the_library_is_the_one_of_this_source() -> None:
     names = [path.name for path in host_build.source_files()]
     assert names[0] == "host_attention.cpp" and len(names) == 4
+
+
+def test_a_profile_shows_when_the_cpu_attends(model: CompiledModel) -> None:
+    model.use(cpu_attention=0.5)
+    with model.cache() as cache:
+        play(model, cache, (80,))
+        with profile(cache) as found:
+            play(model, cache, (1,))
+    spans = [span for step in found.steps for span in step.spans if span.name == "attend_host"]
+    assert [span.layer for span in spans] == [0, 1]
+    for span in spans:
+        assert span.stream == "cpu" and span.end > span.begin
+    assert sum(span.nbytes for span in spans) == cache.stats().cpu_bytes
