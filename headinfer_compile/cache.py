@@ -223,7 +223,8 @@ class HeadInferCache(CacheProtocol):
         Raises:
             CacheError: The count is positive, or more than the cache holds.
         """
-        count = -tokens_to_remove
+        # transformers before 5.23 counts with a tensor.
+        count = -int(tokens_to_remove)
         if count < 0 or count > self.length:
             raise CacheError(
                 f"crop({tokens_to_remove}) on {self.length} tokens: pass minus the number "

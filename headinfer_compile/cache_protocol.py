@@ -79,6 +79,7 @@ class CacheProtocol(Cache):
     @property
     def batch_size(self) -> int:
         """Batch size of what is held, 1 before."""
+        self.session.sharing.settle(self.session)
         geometry = self.session.geometry
         return geometry.batch if geometry is not None else 1
 

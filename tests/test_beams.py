@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fault_injection import Lines
 from harness import (
     MAX_LOGIT_DIFFERENCE,
     CompiledModel,
@@ -17,6 +18,7 @@ from harness import (
     generate,
     random_ids,
     tiny_llama,
+    tiny_mistral,
 )
 from headinfer_compile import HeadInferCache
 from headinfer_compile.simulator import simulated
@@ -160,6 +162,77 @@ def test_rows_of_the_batch_in_any_order(llama: CompiledModel, seed: int) -> None
     ids = torch.cat([ids, new], 1)
     assert_rows(logits(llama, new, cache), llama, ids)
     llama.assert_streamed(cache)
+
+
+def test_unlike_rows_in_any_order(llama: CompiledModel, seed: int) -> None:
+    """A reorder changes what the transfers in flight should have brought: their tags tell."""
+    ids = random_ids(seed, 40, 3)
+    cache = llama.cache(tail_tokens=6)
+    logits(llama, ids, cache)
+    for number, rows in enumerate(([2, 0, 1], [0, 1, 2], [1, 1, 0], [2, 1, 0], [0, 2, 1])):
+        new = random_ids(seed + number, 1, 3)
+        ids = torch.cat([ids, new], 1)
+        assert_rows(logits(llama, new, cache), llama, ids)
+        assert cache.session.in_flight
+        cache.reorder_cache(torch.tensor(rows))
+        ids = ids[rows]
+    llama.assert_streamed(cache)
+
+
+@pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
+def test_a_change_of_rows_that_is_interrupted(llama: CompiledModel, seed: int, method: str) -> None:
+    """Ctrl-C at any line leaves the old rows or, at the next call, the new ones."""
+    ids, kept = random_ids(seed, 40, 3), [2, 0, 1] if method == "reorder_cache" else [2, 0]
+
+    def changed(at: int | None) -> tuple[HeadInferCache, Lines, bool]:
+        cache = llama.cache(tail_tokens=6)
+        logits(llama, ids[:, :36], cache)
+        logits(llama, ids[:, 36:], cache)
+        try:
+            with Lines(at) as lines:
+                getattr(cache, method)(torch.tensor(kept))
+        except KeyboardInterrupt:
+            return cache, lines, True
+        return cache, lines, False
+
+    _, counted, _ = changed(None)
+    found = set()
+    for at in range(0, counted.count, max(1, counted.count // 12)):
+        cache, lines, interrupted = changed(at)
+        assert interrupted
+        new = random_ids(seed + 1, 1, cache.batch_size)
+        got = logits(llama, new, cache)
+        for rows in ([0, 1, 2], kept):
+            if len(rows) == len(new):
+                want = logits(llama, torch.cat([ids[rows], new], 1), llama.resident_cache())
+                if float((got - want[:, -1:]).abs().max()) <= MAX_LOGIT_DIFFERENCE:
+                    found.add(tuple(rows))
+                    break
+        else:
+            raise AssertionError(f"neither the old rows nor the new ones after {lines.place}")
+    assert found == {(0, 1, 2), tuple(kept)}
+
+
+def test_beams_of_prompts_of_unequal_length(llama: CompiledModel, seed: int) -> None:
+    """Rows of one prompt have one padding: they share, and the mask is applied to each."""
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[0, :23] = 0
+    ids = random_ids(seed, 60, 2)
+    options: dict[str, Any] = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": NEW}
+    options |= {"min_new_tokens": NEW, "do_sample": False, "pad_token_id": 97}
+    cache = llama.cache()
+    got = llama.model.generate(ids, past_key_values=cache, prefill_chunk_size=32, **options)
+    assert torch.equal(got, llama.resident.generate(ids, **options))
+    stats = llama.assert_streamed(cache)
+    # Both prompts, their last page cut short, and the pages of six rows after it.
+    assert stats.host_bytes <= (2 * 64 + 6 * 16) * llama.token_bytes
+
+
+@pytest.mark.slow
+def test_beams_under_a_window(seed: int) -> None:
+    m = CompiledModel(tiny_mistral(seed, 20))
+    check_beams(m, seed, m.cache(), 3)
+    check_beams(m, seed, m.cache(gpu_budget=40_000), 4, tokens=15, max_new_tokens=30)
 
 
 def test_one_prompt_read_once_for_all_beams(llama: CompiledModel, seed: int) -> None:
