@@ -15,7 +15,16 @@ from typing import Any
 import torch
 
 from benchmarks.attention import best_kernel
-from benchmarks.common import parser, prepare, provenance, say, summary, synchronize, write_rows
+from benchmarks.common import (
+    Row,
+    parser,
+    prepare,
+    provenance,
+    say,
+    summary,
+    synchronize,
+    write_rows,
+)
 from benchmarks.models import SHAPES, Shape, build, shape_of
 
 
@@ -141,8 +150,8 @@ def measure(device: torch.device, shape: Shape, dtype: torch.dtype, chunk: int =
     return Roofline(*link, hbm, dram, attention, matmul, name)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
+def main(argv: list[str] | None = None) -> list[Row]:
+    """Measure and print; returns the row that was written."""
     cli = parser("roofline", "The rates of this machine.")
     args: argparse.Namespace = cli.parse_args(argv)
     setup = prepare(args)
@@ -155,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     write_rows(args.out, [row])
     say("%s", found)
+    return [row]
 
 
 if __name__ == "__main__":

@@ -15,16 +15,25 @@ import torch
 import transformers
 import typer
 
-from headinfer_compile import cli_bench, cli_explain, cli_generate, cli_plan, cli_probe
+from headinfer_compile import (
+    cli_bench,
+    cli_completion,
+    cli_explain,
+    cli_generate,
+    cli_plan,
+    cli_probe,
+)
 from headinfer_compile.errors import DoesNotFitError, OptionError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_DOES_NOT_FIT, EXIT_INTERRUPTED = 1, 2, 3, 130
 
+# Typer's own completion would start Python, and with it torch, at every key.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("generate")(cli_generate.generate)
 app.command("explain")(cli_explain.explain)
 app.command("plan")(cli_plan.plan)
 app.command("probe")(cli_probe.probe)
+app.command("completion")(cli_completion.completion)
 app.command("bench", context_settings=cli_bench.CONTEXT)(cli_bench.bench)
 
 

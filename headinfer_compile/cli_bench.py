@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -33,6 +34,15 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 """For the command: every argument after the case, ``--help`` too, is the case's own."""
 
 
+_AS_JSON = """
+import contextlib, importlib, json, sys
+with contextlib.redirect_stdout(sys.stderr):
+    rows = importlib.import_module("benchmarks." + sys.argv[1]).main(sys.argv[2:])
+print(json.dumps(rows, default=str))
+"""
+"""Runs a case with its progress on stderr and its rows on stdout."""
+
+
 def _find_root() -> Path:
     """The checkout that holds ``benchmarks/``, which no wheel does."""
     root = Path(__file__).resolve().parents[1]
@@ -50,17 +60,26 @@ def bench(
 ) -> None:
     """Run a benchmark; what follows its name are its own arguments (CASE --help).
 
+    With --json, the rows that were measured go to stdout and the progress to stderr.
+
     Example: headinfer bench decode --context 128K --synthetic --variants headinfer:0 paper
     """
+    if case == "--json" or (case is None and "--json" in context.args):
+        print(json.dumps(CASES))
+        return
     if case in (None, "--help", "-h"):
         print("Usage: headinfer bench CASE [ARGUMENTS]...   (CASE --help for its arguments)\n")
         for name, text in CASES.items():
-            print(f"  {name:<14}{text}")
+            print(f"  {name:<16}{text}")
+        print("\nExample: headinfer bench decode --context 128K --synthetic --json")
         return
     if case not in CASES:
         raise OptionError(f"bench {case}: no such case; there are {', '.join(CASES)}")
     root = _find_root()
+    wants_json = "--json" in context.args
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    args = [arg for arg in context.args if arg != "--debug"]
+    args = [arg for arg in context.args if arg not in ("--debug", "--json")]
     command = [sys.executable, "-m", f"benchmarks.{case}", *args]
+    if wants_json:
+        command = [sys.executable, "-c", _AS_JSON, case, *args]
     raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from headinfer_compile.models import find_source, load_model, load_tokenizer
 from headinfer_compile.plan_memory import Request
 from headinfer_compile.planner import make_plan
 from headinfer_compile.probe import this_machine
+from headinfer_compile.profiling import profile
 from headinfer_compile.tables import stats_table
 
 
@@ -161,10 +163,23 @@ def generate(
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the run whose KV stays resident.")
     ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a time line of the first steps, for Perfetto.")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Neither progress nor table; errors only.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Log, and show tracebacks.")] = False,
 ) -> None:
-    """Answer a prompt with the KV cache in host RAM; text to stdout, progress to stderr."""
+    """Answer a prompt with the KV cache in host RAM; text to stdout, progress to stderr.
+
+    Example: headinfer generate MODEL --prompt-file book.txt --gpu-budget 1GiB --max-new-tokens 256
+
+    Example: headinfer generate model.gguf --prompt "Once" --check --json --trace trace.json
+    """
+    if trace is not None and not trace.parent.is_dir():
+        raise OptionError(f"--trace {trace}: there is no such folder")
     options: dict[str, Any] = {
         "head_group": _count_or_auto(head_group, "--head-group"),
         "num_slots": num_slots,
@@ -186,7 +201,7 @@ def generate(
     source = find_source(model, gguf)
     text = _read_prompt(prompt, prompt_file)
     place = _find_device(device)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=quiet)
 
     tokenizer = load_tokenizer(source)
     input_ids = _encode(tokenizer, text, chat).to(place)
@@ -212,16 +227,20 @@ def generate(
                 **how,
             )
         network.compile(backend=headinfer, options=options)
-        result = run_generate(
-            network,
-            tokenizer,
-            input_ids,
-            cache,
-            label="prefill",
-            console=console,
-            out=None if as_json else sys.stdout,
-            **how,
-        )
+        with nullcontext() if trace is None else profile(cache) as found:
+            result = run_generate(
+                network,
+                tokenizer,
+                input_ids,
+                cache,
+                label="prefill",
+                console=console,
+                out=None if as_json else sys.stdout,
+                **how,
+            )
+        if trace is not None and found is not None:
+            found.save(trace)
+            console.print(f"time line of {len(found.steps)} steps: {trace}", soft_wrap=True)
         same = None if resident is None else resident.tokens == result.tokens
         _report(console, result, cache, same)
         if as_json:

@@ -23,7 +23,10 @@ def probe(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Log, and show tracebacks.")] = False,
 ) -> None:
-    """Measure link, memories, attention, matrix products and host calls; takes up to 30 s."""
+    """Measure link, memories, attention, matrix products and host calls; takes up to 30 s.
+
+    Example: headinfer probe --json
+    """
     if kept:
         found = load_profile()
         if found is None:

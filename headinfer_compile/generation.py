@@ -1,4 +1,4 @@
-"""One streamed, timed run of ``model.generate``, with a progress bar while the prompt is read."""
+"""One streamed, timed run of ``model.generate``, with progress bars on a terminal."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from rich.progress import (
 from rich.text import Text
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from headinfer_compile.tables import live_bytes
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -42,36 +44,44 @@ class Generation:
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
+        if not speed and task.elapsed:
+            speed = task.completed / task.elapsed  # one step so far, which tells no rate of its own
         return Text(f"{speed:,.0f} tok/s" if speed else "starting")
 
 
-class PrefillProgress(Progress):
-    """A bar that reads the cached length each time it is drawn.
+class GenerationProgress(Progress):
+    """Bars that read the cached length each time they are drawn, and where the KV is.
 
     A forward hook would be compiled into the model's graphs; reading the cache disturbs nothing.
     """
 
-    def __init__(
-        self, label: str, length: Callable[[], int], total: int, console: Console, disable: bool
-    ) -> None:
-        self._length = length
+    def __init__(self, label: str, cache: Cache, prompt_tokens: int, console: Console) -> None:
+        self._cache, self._prompt_tokens = cache, prompt_tokens
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             _RateColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[where]}"),
             console=console,
             transient=True,
             # The default window of 30 s can hold less than one chunk.
             speed_estimate_period=3600,
-            disable=disable,
+            disable=not console.is_terminal,
         )
-        self._prefill = self.add_task(label, total=total)
+        self._task = self.add_task(label, total=prompt_tokens, where="")
+        self._before = 0
+
+    def start_decode(self, max_new_tokens: int) -> None:
+        """The prompt is read: count new tokens from here on."""
+        self._before = self._prompt_tokens - 1  # the newest token is not in the cache yet
+        self.reset(self._task, total=max_new_tokens, description="decode")
 
     def get_renderables(self) -> Iterable[RenderableType]:
         if self.tasks:
-            self.update(self._prefill, completed=self._length())
+            done = max(0, self._cache.get_seq_length() - self._before)
+            self.update(self._task, completed=done, where=live_bytes(self._cache))
         yield from super().get_renderables()
 
 
@@ -79,17 +89,20 @@ class _TokenStream(TextStreamer):
     """Writes text as it becomes whole words and notes when the first token came."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, out: TextIO | None, progress: Progress
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        out: TextIO | None,
+        first_token: Callable[[], None],
     ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._out = out
-        self._progress = progress
+        self._first_token = first_token
         self.first_token_at: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt and self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-            self._progress.stop()
+            self._first_token()
         super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -123,10 +136,15 @@ def run_generate(
         options: Passed to ``generate``.
     """
     prompt_tokens = input_ids.shape[1]
-    progress = PrefillProgress(
-        label, cache.get_seq_length, prompt_tokens, console, disable=not console.is_terminal
-    )
-    stream = _TokenStream(tokenizer, out, progress)
+    progress = GenerationProgress(label, cache, prompt_tokens, console)
+
+    def first_token() -> None:
+        if out is not None and out.isatty():
+            progress.stop()  # the text and a bar would share the screen
+        else:
+            progress.start_decode(options.get("max_new_tokens", 0))
+
+    stream = _TokenStream(tokenizer, out, first_token)
     torch.manual_seed(seed)
     generate = cast(Callable[..., torch.Tensor], model.generate)
     start = time.perf_counter()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from rich.table import Table
+from transformers import Cache
 
+from headinfer_compile.cache import HeadInferCache
 from headinfer_compile.config import format_bytes
 from headinfer_compile.stats import CacheStats
 
@@ -13,6 +15,19 @@ def host_share(stats: CacheStats) -> float:
     if stats.kv_bytes == 0:
         return 0.0
     return max(0.0, 1 - (stats.resident_bytes + stats.tail_bytes) / stats.kv_bytes)
+
+
+def live_bytes(cache: Cache) -> str:
+    """One line of where the bytes of a cache are now; empty for a cache of another kind."""
+    if not isinstance(cache, HeadInferCache) or cache.session.geometry is None:
+        return ""
+    table, counters = cache.session.table, cache.session.counters
+    parts = [
+        f"device {format_bytes(table.bytes_on('gpu'))}",
+        f"host {format_bytes(table.bytes_on('host'))}",
+        f"moved {format_bytes(counters.h2d_bytes)} up and {format_bytes(counters.d2h_bytes)} down",
+    ]
+    return f"KV: {', '.join(parts)}"
 
 
 def stats_table(stats: CacheStats) -> Table:
