@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
-from benchmarks import figures
+from benchmarks import figures, figures_cpu
 from benchmarks.common import RESULTS, Row, read_rows, say, versions, write_rows
 from benchmarks.figures import BAR_DEVICE, CARD, Figure, K, M, Missing, Results, read_results
 
@@ -96,6 +96,27 @@ BARS = (
         figures.million_prefill),
     Bar("B9a", "pinning 32 GiB while prefilling: added time", "<=", 0.02, "share", figures.startup),
     Bar("B9b", "longest launch gap during registration", "<=", 5.0, "ms", figures.stalls),
+    Bar("G1", "host kernel alone, all cores, 4 heads per KV head, against a plain read", ">=", 0.95,
+        "x", figures_cpu.kernel_alone),
+    *(
+        Bar(f"G2{letter}", f"three-way decode {context // K}K, auto, tokens/s against link only",
+            ">=", 2.2, "x", figures_cpu.over_link(context))
+        for letter, context in (("a", 128 * K), ("b", 512 * K))
+    ),
+    Bar("G2c", "three-way decode, auto, slowest of all runs: time against link only", "<=", 1.02,
+        "x", figures_cpu.never_slower),
+    Bar("G3", "three-way decode 128K, auto, tokens/s against hf-offloaded", ">=", 11, "x",
+        figures_cpu.over_offloaded),
+    Bar("G4a", "three-way decode 128K, 4 query tokens: bytes against 1", "<=", 1.01, "x",
+        figures_cpu.draft("bytes")),
+    Bar("G4b", "three-way decode 128K, 4 query tokens: time against 1", "<=", 1.3, "x",
+        figures_cpu.draft("time")),
+    Bar("G5", "decode 512K, KV on GPU, link and CPU: time against the slowest + weights", "<=", 1.1,
+        "x", figures_cpu.three_tiers),
+    Bar("G6a", "three-way logits from link only, over the spread of resident kernels", "<=", 1.0,
+        "x", figures_cpu.logits_spread),
+    Bar("G6b", "three-way logits: fixed shares that repeat bit for bit", ">=", 1.0, "share",
+        figures_cpu.repeatable),
     Bar("B10", "needle, all depths, 8K to 1M: cells right", ">=", 1.0, "share", figures.needle),
 )  # fmt: skip
 

@@ -29,7 +29,8 @@ from benchmarks.common import (
     synchronize,
     write_rows,
 )
-from benchmarks.models import build
+from benchmarks.models import build, shape_of
+from benchmarks.roofline import measure
 from benchmarks.synthetic import fill_headinfer
 from headinfer_compile import HeadInferCache, HeadInferConfig, headinfer
 from headinfer_compile.executor import CompiledGraph
@@ -146,6 +147,11 @@ def _lane(cache: HeadInferCache) -> tuple[int, int]:
     return (lane.report.bytes, lane.report.nanoseconds) if lane is not None else (0, 0)
 
 
+def _threads(cache: HeadInferCache) -> int | None:
+    lane = cache.session.lane
+    return lane.kernel.threads if lane is not None else None
+
+
 def _logits(model: Model, cache: HeadInferCache, setting: str) -> torch.Tensor:
     """Logits of one token at the end of what is filled, which stays as it is."""
     model.use(setting)
@@ -166,6 +172,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     add("--queries", type=int, nargs="+", default=[1, 4])
     add("--steps", type=int, default=8, help="timed steps a round, twice: one by one and queued")
     add("--rounds", type=int, default=2)
+    add("--gpu-budget", default="0", help="KV bytes that may stay on the GPU, or auto")
     add("--page-tokens", default="auto")
     add("--lowering", choices=("inductor", "eager"), default="inductor")
     args = cli.parse_args(argv)
@@ -174,7 +181,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     pages = int(args.page_tokens) if args.page_tokens != "auto" else "auto"
     rows: list[Row] = []
     for context in args.context:
-        cache = HeadInferCache(model.model.config, gpu_budget=0, page_tokens=pages)
+        budget = int(args.gpu_budget) if args.gpu_budget.isdecimal() else args.gpu_budget
+        cache = HeadInferCache(model.model.config, gpu_budget=budget, page_tokens=pages)
         with cache, torch.no_grad():
             first = torch.zeros((1, min(args.chunk, context)), dtype=torch.long)
             model.step(first.to(setup.device), cache)
@@ -188,6 +196,8 @@ def _measure(
     args: Any, setup: Setup, model: Model, cache: HeadInferCache, context: int
 ) -> list[Row]:
     logits = _compare(model, cache, args.settings)
+    shape, budget = shape_of(model.model), args.gpu_budget
+    roofline = measure(setup.device, shape, model.model.dtype).as_row()
     cells = {(s, q): Cell(s, q) for s in args.settings for q in args.queries}
     config = model.model.config
     rows: dict[str, Row] = {}
@@ -198,10 +208,14 @@ def _measure(
             settle = SETTLE if setting == "auto" and turn == 0 else 0
             cell.run(model, cache, args.steps, settle)
             name = f"{config.model_type}-{config.num_hidden_layers}/n{context}/q{queries}/{setting}"
+            name += "" if budget == "0" else f"/{budget}"
             row = {
                 "id": f"three_way/{setup.tag}/{name}", "case": "three_way", "context": context,
                 "model": config.model_type, "layers": config.num_hidden_layers, "synthetic": True,
-                **cell.row(), "logits": logits[setting], **provenance(setup.device, args.note),
+                **cell.row(), "logits": logits[setting], "gpu_budget": budget,
+                "weight_bytes": shape.weight_bytes, "roofline": roofline,
+                "resident_bytes": cache.stats().resident_bytes, "cpu_threads": _threads(cache),
+                **provenance(setup.device, args.note),
             }  # fmt: skip
             rows[row["id"]] = row
             write_rows(args.out, [row])

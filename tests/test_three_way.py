@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import bars as judge
+from benchmarks import three_way
 from harness import (
     MAX_LOGIT_DIFFERENCE,
     VOCAB,
@@ -314,6 +317,23 @@ def test_explain_and_the_schedule_show_the_third_lane(model: CompiledModel) -> N
     (schedule, *_) = step.schedules
     assert "= headinfer.attend_host(handle, layer, q, 0," in schedule.text
     assert "# compute, after attend_host" in schedule.text
+
+
+def test_the_benchmark_compares_shares_and_its_figures_are_judged(tmp_path: Path) -> None:
+    out = tmp_path / "three_way.json"
+    sizes = ["--context", "300", "--chunk", "100", "--page-tokens", "32", "--steps", "2"]
+    how = ["--model", "tiny", "--device", "cpu", "--lowering", "eager", "--rounds", "1"]
+    made = three_way.main([*how, *sizes, "--settings", "off", "0.5", "--out", str(out)])
+    rows = {(row["setting"], row["queries"]): row for row in made}
+    assert rows["off", 1]["cpu_bytes"] == 0 and rows["off", 1]["h2d_bytes"] > 0
+    for queries in (1, 4):
+        row, link = rows["0.5", queries], rows["off", queries]
+        assert row["cpu_bytes"] + row["h2d_bytes"] == pytest.approx(link["h2d_bytes"], rel=0.02)
+        assert row["logits"]["repeatable"] and row["logits"]["difference"] < 1e-5
+    bars = judge.main(["--results", str(tmp_path), "--out", str(tmp_path / "bars.json")])
+    found = {bar["id"]: bar for bar in bars}
+    assert found["G6b"]["measured"] == 1.0
+    assert found["G2a"]["note"].startswith("not run: three_way")
 
 
 def test_the_library_is_the_one_of_this_source() -> None:
