@@ -120,6 +120,11 @@ def profile_from_json(data: Any) -> MachineProfile:
         raise ValueError(f"not a machine profile: {error}") from error
 
 
+def assumed_rates() -> Rates:
+    """The defaults, all of them marked as assumed."""
+    return Rates(assumed=tuple(f.name for f in dataclasses.fields(Rates) if f.name != "assumed"))
+
+
 def profile_path() -> Path:
     """Where the profile of this machine, device and torch is kept, in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -190,6 +195,9 @@ def describe(
     """
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
         raise OptionError(f"gpus={gpus!r}: expected a count of at least 1")
+    if None not in (gpu_memory, host_memory, link, tflops) or (gpu_memory and not here.gpu_memory):
+        # Another machine, of which this one's device, if it has any, says nothing.
+        here = dataclasses.replace(here, rates=assumed_rates(), source="assumed")
     rates, parts = here.rates, []
     assumed = set(rates.assumed)
     if link is not None:

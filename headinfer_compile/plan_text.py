@@ -99,6 +99,9 @@ def _settings(plan: Plan) -> str:
             else f"{value:,}"
         )
         lines.append(f"  {name}: {shown}")
+    for phase, seconds in plan.head_groups.items():
+        each = ", ".join(f"{group} {format_seconds(time)}" for group, time in seconds.items())
+        lines.append(f"  seconds of {phase} by head group: {each}")
     return "\n".join(lines)
 
 

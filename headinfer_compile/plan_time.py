@@ -98,7 +98,7 @@ def decode_of(facts: ModelFacts, machine: Machine, memory: Memory) -> Phase:
     streamed = [max(0, min(rows, stored)) if values["S_host"] else 0 for rows in seen]
     groups = -(-facts.num_kv_heads // int(values["g_d"]))
     blocks = groups * sum(-(-rows // int(values["T_d"])) for rows in streamed)
-    run = values["g_d"] * values["T_d"] * values["B"] * facts.head_token_bytes
+    run = values["g_d"] * memory.page_tokens * values["B"] * facts.head_token_bytes
     share = _cpu_share(memory.settings.config, machine, rates.link(run))
     units = math.ceil((1 - share) * blocks)
     found = {

@@ -131,6 +131,20 @@ class Plan:
             )
         return tuple(points)
 
+    @cached_property
+    def head_groups(self) -> dict[str, dict[int, float]]:
+        """Why these head groups: by phase, the seconds of the phase under each of them."""
+        chosen, heads = self.choice.memory.settings, self.facts.num_kv_heads
+        found: dict[str, dict[int, float]] = {"prefill": {}, "decode": {}}
+        for group in (g for g in range(1, heads + 1) if heads % g == 0):
+            for phase, seconds in found.items():
+                groups = {**self.settings["head_group"], phase: group}
+                settings = replace(chosen, config=replace(chosen.config, head_group=groups))
+                memory = memory_of(self.facts, self.machine, self.request, settings, self.context)
+                timed = prefill_of if phase == "prefill" else decode_of
+                seconds[group] = timed(self.facts, self.machine, memory).seconds
+        return found
+
     @property
     def formulas(self) -> dict[str, str]:
         """The cost model in symbols."""
@@ -165,6 +179,7 @@ class Plan:
             "decode_parts": self.choice.decode.parts,
             "settings": dict(self.settings),
             "limits": dict(self.limits),
+            "head_groups": self.head_groups,
             "roofline": [dataclasses.asdict(row) for row in self.roofline],
             "curve": [dataclasses.asdict(point) for point in self.curve],
             "machine": {**{name: getattr(self.machine, name) for name in names}, "rates": rates},
@@ -218,7 +233,9 @@ def plan(
         gpu_budget=None if gpu_budget == "auto" else parse_bytes(gpu_budget, "gpu_budget"),
         host_budget=None if host_budget == "auto" else parse_bytes(host_budget, "host_budget"),
     )
-    described = all(value is not None for value in (gpu_memory, host_memory, link, tflops))
+    described = None not in (gpu_memory, host_memory, link, tflops)
+    # A GPU that is only described has nothing to do with what could be measured here.
+    described = described or (gpu_memory is not None and not torch.cuda.is_available())
     facts = facts_of(m, dtype=_dtype(dtype))
     here = this_machine(measure=not described, model=m if isinstance(m, PreTrainedModel) else None)
     machine = describe(

@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from headinfer_compile.machine import (
     Machine,
     MachineProfile,
     Rates,
+    assumed_rates,
     device_name,
     load_profile,
     save_profile,
@@ -56,8 +56,7 @@ def this_machine(*, measure: bool = True, model: PreTrainedModel | None = None) 
         if model is not None:
             gpu_memory += sum(p.nbytes for p in model.parameters() if p.device.type == "cuda")
     if profile is None:
-        rates = Rates(assumed=tuple(f.name for f in fields(Rates) if f.name != "assumed"))
-        source = "assumed"
+        rates, source = assumed_rates(), "assumed"
     else:
         rates, source = profile.rates, f"measured on {profile.device}"
     return Machine(device_name(), gpu_memory, default_host_budget(), rates, source=source)

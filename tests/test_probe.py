@@ -96,10 +96,17 @@ def test_this_machine_without_a_probe_says_what_it_assumes() -> None:
 
 def test_a_plan_uses_the_kept_profile(measured: MachineProfile) -> None:
     save_profile(measured)
-    made = plan("llama-3-8b", context="4K", host_memory="64GiB", gpu_memory="24GiB")
+    made = plan("llama-3-8b", context="4K", host_memory="64GiB")
     assert made.machine.rates.matmul == measured.rates.matmul
     assert measured.device in str(made)
     assert not any("assumed" in warning for warning in made.warnings)
+
+
+def test_a_described_machine_does_not_depend_on_this_one(measured: MachineProfile) -> None:
+    words: dict[str, Any] = dict(gpu_memory="24GiB", host_memory="64GiB", link="25GB/s", tflops=99)
+    before = plan("llama-3-8b", context="64K", **words)
+    save_profile(measured)
+    assert plan("llama-3-8b", context="64K", **words).to_json() == before.to_json()
 
 
 def test_command(measured: MachineProfile, capsys: pytest.CaptureFixture[str]) -> None:
