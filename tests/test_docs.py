@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,22 @@ def test_a_listing_is_what_the_tool_makes(block: Block, listings: dict[str, str]
     else:
         same = block.lang == "python" and tokens_of(block.code) == tokens_of(made)
         assert same, f"{block.name}: HEADINFER_ACCEPT=1 writes it anew:\n{made}"
+
+
+def test_the_check_of_the_site_finds_faults(tmp_path: Path) -> None:
+    check = ROOT / "docs" / "check_site.py"
+    page = tmp_path / "index.html"
+    good = '<h1 id="top">x</h1><a href="index.html#top">y</a><a href="https://example.org">z</a>'
+    page.write_text(good, encoding="utf-8")
+    command = [sys.executable, str(check), str(tmp_path)]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    for fault in (
+        '<a href="gone.html">x</a>',
+        '<a href="#gone">x</a>',
+        '<img src="gone.png">',
+        '<script src="https://example.org/x.js"></script>',
+    ):
+        page.write_text(good + fault, encoding="utf-8")
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        assert done.returncode == 1, fault
+        assert done.stdout.startswith("index.html: ")
