@@ -78,7 +78,7 @@ MISTAKES = {
     ),
     "a context that does not fit": (
         f"{PREPARE}\nHeadInferCache(model.config, gpu_budget=0, host_budget='1MiB').reserve(10**6)",
-        "raise host_budget",
+        "What would work",
     ),
     "an encoder-decoder model": (
         "from transformers import T5Config\nfrom headinfer_compile import HeadInferCache\n"

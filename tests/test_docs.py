@@ -139,6 +139,54 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         assert len(found) == (page.stem != "index"), f"{page.name}: {found}"
 
 
+def result(name: str, row: str) -> dict[str, Any]:
+    """One row of ``benchmarks/results``."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+    (found,) = (item for item in rows if item["id"] == row)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    h100, h200 = "decode/nvidia-h100-80gb-hbm3/llama-32", "decode/nvidia-h200"
+    prefill = "prefill/nvidia-h200/llama-32/{}/n131072/c16384"
+    streamed = result("decode", f"{h100}/headinfer:0/n131072")
+    two_slots = result("decode", f"{h100}/headinfer:0:num_slots=2/n131072")
+    small = result("decode", f"{h200}-24GiB/llama-32/headinfer:auto/n131072")
+    rates = {
+        name: result("prefill", prefill.format(name))["tokens_per_s"]
+        for name in ("headinfer:0", "resident", "paper", "hf-offloaded")
+    }
+    step = {
+        (name, tokens): result("decode", f"{h100}/{name}/n{tokens}")["step_ms"]["median"]
+        for name in ("headinfer:auto", "headinfer:auto:cuda_graphs=true")
+        for tokens in (8192, 32768)
+    }
+    static = result("decode", f"{h100}/resident-compiled/n8192")["step_ms"]["median"]
+    compiled = result("compile_time", "compile_time/cpu-x86-64-2-cores/smollm2-135m-all")
+    bars = {bar: result("bars", bar)["measured"] for bar in ("B1a", "B1b", "B1c", "B3c", "B3d")}
+    eager, graphs = "headinfer:auto", "headinfer:auto:cuda_graphs=true"
+    ours = rates["headinfer:0"]
+    assert min(streamed["of_link"], two_slots["of_link"]) > 0.995
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for figure in (
+        f"{streamed['step_ms']['median']:.0f} ms per token: 100 % of the link",
+        f"{small['step_ms']['median']:.0f} ms per token: {small['resident_bytes'] / 2**30:.1f} GiB",
+        f"at {small['of_link']:.1%} of the link".replace("%", " %"),
+        f"{step[graphs, 8192]:.1f} and {step[graphs, 32768]:.1f} ms per token",
+        f"({step[eager, 8192]:.1f} and {step[eager, 32768]:.1f} without)",
+        f"CUDA graphs at 8K: {static:.1f}",
+        f"{ours:,.0f} tokens/s: {ours / rates['resident']:.2f} x the same model",
+        f"{ours / rates['paper']:.2f} x our port",
+        f"{ours / rates['hf-offloaded']:.2f} x transformers' offloaded",
+        f"{compiled['headinfer']['compile_s']:.0f} s against "
+        f"{compiled['inductor']['compile_s']:.0f} s for plain",
+        f"is missed ({max(bars['B3c'], bars['B3d']):.1f} x)",
+        f"is missed too ({bars['B1b']:.2f} x",
+    ):
+        assert figure in text, f"README.md: the results say {figure!r}"
+
+
 class Attention(torch.nn.Module):
     """The attention whose graphs the README shows."""
 
