@@ -40,19 +40,43 @@ def configure_dynamo() -> Callable[[], None]:
     Returns:
         A function that restores what was set before.
     """
-    dynamo = torch._dynamo.config
-    before = torch.compiler.config.dynamic_sources, dynamo.recompile_limit, dynamo.specialize_float
+    before = torch.compiler.config.dynamic_sources, torch._dynamo.config.recompile_limit
     names = [f"L['{_LENGTH}'].length", f"L['kwargs']['{_LENGTH}'].length", "L['args'][0]"]
     names += [f"L['{name}']" for name in _INPUTS]
     names += [f"L['kwargs']['{name}']" for name in _INPUTS]
     present = [name for name in before[0].split(",") if name]
-    torch.compiler.config.dynamic_sources = ",".join(dict.fromkeys([*present, *names]))
-    dynamo.recompile_limit = max(before[1], _RECOMPILE_LIMIT)
-    dynamo.specialize_float = True
+    undo = [
+        _set_everywhere(torch.compiler.config, "dynamic_sources", ",".join(
+            dict.fromkeys([*present, *names])
+        )),
+        _set_everywhere(torch._dynamo.config, "recompile_limit", max(before[1], _RECOMPILE_LIMIT)),
+        _set_everywhere(torch._dynamo.config, "specialize_float", True),
+    ]  # fmt: skip
 
     def restore() -> None:
-        torch.compiler.config.dynamic_sources = before[0]
-        dynamo.recompile_limit, dynamo.specialize_float = before[1:]
+        for step in undo:
+            step()
+
+    return restore
+
+
+def _set_everywhere(config: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an option of torch for all threads; returns what restores it.
+
+    In newer torch, what is assigned holds in the current thread alone, and every other one,
+    that of a ``TextIteratorStreamer`` say, reads the defaults.
+    """
+    entry, assigned = config._config[name], getattr(config, name)
+    defaults = {at: getattr(entry, at) for at in ("default", "env_value_default")}
+    for at, held in defaults.items():
+        if at == "default" or type(held) is type(value):
+            setattr(entry, at, value)
+    setattr(config, name, value)
+
+    def restore() -> None:
+        for at, held in defaults.items():
+            setattr(entry, at, held)
+        setattr(config, name, assigned)
 
     return restore
 

@@ -9,9 +9,16 @@ from typing import Any, NoReturn
 import torch
 from transformers import PretrainedConfig
 
+from headinfer_compile.cache_arguments import (
+    auto_bytes,
+    auto_count,
+    check_count,
+    find_device,
+    layers_with_kv,
+    token_bytes,
+)
 from headinfer_compile.cache_protocol import CacheProtocol
-from headinfer_compile.config import parse_bytes
-from headinfer_compile.errors import CacheError, ClosedError, OptionError
+from headinfer_compile.errors import CacheError, ClosedError
 from headinfer_compile.linear_states import LinearStates, linear_layers
 from headinfer_compile.passes.schedule import Schedule
 from headinfer_compile.runtime.session import Session
@@ -21,8 +28,6 @@ from headinfer_compile.stats import CacheStats, collect_stats
 from headinfer_compile.why_eager import why_eager
 
 log = logging.getLogger(__name__)
-
-_NO_KV_LAYERS = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
 
 
 class HeadInferCache(CacheProtocol):
@@ -54,38 +59,16 @@ class HeadInferCache(CacheProtocol):
             device: Refuse K and V from another device.
 
         Raises:
-            OptionError: A size is malformed.
-            CacheError: The model is an encoder-decoder or has no attention layers.
+            OptionError: A size or the device is malformed.
+            CacheError: ``config`` is no config, or that of an encoder-decoder or of a model without
+                attention layers.
         """
-        if getattr(config, "is_encoder_decoder", False):
-            raise CacheError(
-                f"{type(config).__name__} is an encoder-decoder: HeadInferCache holds the KV of "
-                "decoder-only models"
-            )
-        text = config.get_text_config(decoder=True)
-        num_layers = getattr(text, "num_hidden_layers", None)
-        if not num_layers:
-            raise CacheError(
-                f"{type(config).__name__} has no num_hidden_layers: it keeps no KV cache"
-            )
-        kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * num_layers)
-        owned = kinds[: num_layers - (getattr(text, "num_kv_shared_layers", None) or 0)]
-        with_kv = [i for i, kind in enumerate(owned) if kind not in _NO_KV_LAYERS]
-        if not with_kv:
-            raise CacheError(
-                f"{type(config).__name__} has no attention layer: it keeps no KV cache"
-            )
+        text, kinds, with_kv = layers_with_kv(config)
         self._make(
-            num_layers,
-            with_kv[-1],
-            gpu_budget,
-            host_budget,
-            page_tokens,
-            tail_tokens,
-            strict,
+            len(kinds), with_kv[-1], gpu_budget, host_budget, page_tokens, tail_tokens, strict,
             device,
-        )
-        self._token_bytes = _token_bytes(text, len(with_kv))
+        )  # fmt: skip
+        self._token_bytes = token_bytes(text, len(with_kv))
         self._hold_states(linear_layers(text, kinds))
         self.session.max_positions = getattr(text, "max_position_embeddings", None)
 
@@ -105,7 +88,14 @@ class HeadInferCache(CacheProtocol):
         strict: bool = False,
         device: torch.device | str | None = None,
     ) -> HeadInferCache:
-        """Make a cache for a model that is not from transformers; arguments as ``__init__``."""
+        """Make a cache for a model that is not from transformers; arguments as ``__init__``.
+
+        Raises:
+            OptionError: A count, a size or the device is malformed.
+        """
+        counts = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, value in counts.items():
+            check_count(value, name)
         cache = cls.__new__(cls)
         cache._make(
             num_layers, num_layers - 1, gpu_budget, host_budget, page_tokens, tail_tokens, strict,
@@ -124,11 +114,11 @@ class HeadInferCache(CacheProtocol):
         self.layer_class_to_replicate = None
         self.offloading = False
         options = SessionOptions(
-            gpu_budget=_auto_bytes(gpu_budget, "gpu_budget"),
-            host_budget=_auto_bytes(host_budget, "host_budget"),
-            page_tokens=_auto_count(page_tokens, "page_tokens"),
-            tail_tokens=_auto_count(tail_tokens, "tail_tokens"),
-            device=None if device is None else torch.device(device),
+            gpu_budget=auto_bytes(gpu_budget, "gpu_budget"),
+            host_budget=auto_bytes(host_budget, "host_budget"),
+            page_tokens=auto_count(page_tokens, "page_tokens"),
+            tail_tokens=auto_count(tail_tokens, "tail_tokens"),
+            device=None if device is None else find_device(device),
         )
         self.num_layers = num_layers
         self.last_layer = last_layer
@@ -182,7 +172,7 @@ class HeadInferCache(CacheProtocol):
     def _update_eagerly(
         self, k: torch.Tensor, v: torch.Tensor, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer > self.last_layer:
+        if not 0 <= layer <= self.last_layer:
             raise CacheError(
                 f"layer {layer} updates a cache whose last layer is {self.last_layer}: it was made "
                 "for another model's config; use HeadInferCache(model.config)"
@@ -208,8 +198,10 @@ class HeadInferCache(CacheProtocol):
         """Check that ``tokens`` tokens can be held, before any of them is computed.
 
         Raises:
+            OptionError: ``tokens`` is no count.
             DoesNotFitError: They cannot; the message says what would.
         """
+        check_count(tokens, "reserve: tokens", low=0)
         if self.session.closed:
             raise ClosedError("this HeadInferCache was closed and holds nothing: make a new one")
         self.session.check_room(tokens, self._token_bytes)
@@ -224,10 +216,11 @@ class HeadInferCache(CacheProtocol):
             CacheError: The count is positive, or more than the cache holds.
         """
         # transformers before 5.23 counts with a tensor.
-        count = -int(tokens_to_remove)
-        if count < 0 or count > self.length:
+        counts = isinstance(tokens_to_remove, (int, torch.Tensor))
+        count = -int(tokens_to_remove) if counts else -1
+        if not 0 <= count <= self.length:
             raise CacheError(
-                f"crop({tokens_to_remove}) on {self.length} tokens: pass minus the number "
+                f"crop({tokens_to_remove!r}) on {self.length} tokens: pass minus the number "
                 "of tokens to drop, at most as many as are held"
             )
         length = self.length - count
@@ -259,7 +252,15 @@ class HeadInferCache(CacheProtocol):
             handle.session.close()
 
     def use_schedule(self, schedule: Schedule) -> None:
-        """Run ``schedule`` (see ``load_schedule``) wherever its plan key comes up."""
+        """Run ``schedule`` (see ``load_schedule``) wherever its plan key comes up.
+
+        Raises:
+            CacheError: It is no ``Schedule``.
+        """
+        if not isinstance(schedule, Schedule):
+            raise CacheError(
+                f"use_schedule({schedule!r}): expected what load_schedule(path) returns"
+            )
         self.session.schedule_overrides[schedule.key] = schedule
 
     def _refuse_copy(self, *_: object) -> NoReturn:
@@ -275,22 +276,3 @@ class HeadInferCache(CacheProtocol):
     def stats(self) -> CacheStats:
         """Where the bytes are and what has moved since the cache was made or reset."""
         return collect_stats(self.session)
-
-
-def _auto_bytes(value: int | str, name: str) -> int | None:
-    return None if value == "auto" else parse_bytes(value, name)
-
-
-def _auto_count(value: int | str, name: str) -> int | None:
-    if value == "auto":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{name}={value!r}: expected 'auto' or a count of at least 1")
-    return value
-
-
-def _token_bytes(config: Any, layers: int) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype = getattr(config, "dtype", None) or torch.float32
-    return int(2 * layers * heads * dim * dtype.itemsize)

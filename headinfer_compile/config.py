@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -118,6 +119,7 @@ class HeadInferConfig:
         object.__setattr__(
             self, "workspace_bytes", parse_bytes(self.workspace_bytes, "workspace_bytes")
         )
+        self._check_kinds()
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
         self._check_count("num_slots", self.num_slots, low=2)
         if self.prefetch_distance != "auto":
@@ -141,6 +143,17 @@ class HeadInferConfig:
                 f"disable_passes={sorted(unknown)}: only {', '.join(OPTIONAL_PASSES)} may be "
                 "disabled; the result needs the others"
             )
+
+    def _check_kinds(self) -> None:
+        if isinstance(self.disable_passes, str) or not isinstance(self.disable_passes, Iterable):
+            raise OptionError(
+                f"disable_passes={self.disable_passes!r}: expected a list of names, such as "
+                "['hoist_prefetch']"
+            )
+        if self.debug_dir is not None and not isinstance(self.debug_dir, (str, os.PathLike)):
+            raise OptionError(f"debug_dir={self.debug_dir!r}: expected the path of a folder")
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(f"inductor={self.inductor!r}: expected a dict of Inductor's options")
 
     @staticmethod
     def _check_count(name: str, value: Any, low: int) -> None:
@@ -185,6 +198,8 @@ class HeadInferConfig:
         Raises:
             OptionError: A key is unknown (the nearest valid one is named) or a value is invalid.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"options={options!r}: expected a dict of option names and values")
         options = dict(options or {})
         names = [f.name for f in dataclasses.fields(cls)]
         for key in options:

@@ -1,4 +1,8 @@
-"""Loads a causal LM and its tokenizer: hub name, local folder or GGUF; nothing is unpickled."""
+"""Loads a causal LM and its tokenizer: hub name, local folder or GGUF; nothing is unpickled.
+
+Code that comes with a checkpoint is refused, not asked about: who trusts it loads the model with
+transformers and passes it to this package.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +52,8 @@ def find_source(name: str, gguf: str | None = None) -> ModelSource:
             raise OptionError(f"{name}: {found}; give a hub name, a folder or a .gguf file")
         return ModelSource(str(path.parent), path.name)
     if path.is_dir():
+        if gguf is not None and (Path(gguf).is_absolute() or ".." in Path(gguf).parts):
+            raise OptionError(f"--gguf {gguf}: expected a file inside {name}, not a way out of it")
         if gguf is not None and not (path / gguf).is_file():
             raise OptionError(f"--gguf {gguf}: no such file in {name}")
         return ModelSource(str(path), gguf)
@@ -63,14 +69,18 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         OSError: No such model.
     """
     kwargs = {} if source.gguf is None else {"gguf_file": source.gguf}
-    config: PretrainedConfig = AutoConfig.from_pretrained(source.name, **kwargs)
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        source.name, trust_remote_code=False, **kwargs
+    )
     return config
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to ``source``."""
     kwargs = {} if source.gguf is None else {"gguf_file": source.gguf}
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.name, **kwargs)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source.name, trust_remote_code=False, **kwargs
+    )
     return tokenizer
 
 
@@ -89,7 +99,7 @@ def load_model(
     """
     kwargs = {"use_safetensors": True} if source.gguf is None else {"gguf_file": source.gguf}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source.name, dtype=DTYPES.get(dtype, dtype), **kwargs
+        source.name, dtype=DTYPES.get(dtype, dtype), trust_remote_code=False, **kwargs
     )
     model.to(device)  # type: ignore[arg-type]
     model.eval()

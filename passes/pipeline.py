@@ -17,6 +17,7 @@ from torch._logging._internal import trace_log, trace_structured
 from torch.fx import Graph, GraphModule
 from torch.fx.node import has_side_effect
 
+from headinfer_compile.errors import OptionError
 from headinfer_compile.passes import (
     chunk_sequence,
     find_attention,
@@ -93,7 +94,12 @@ class Dump:
         # Schedules are built while the graph runs, outside the frame that they belong to.
         self._compile_id = CompileContext.current_compile_id()
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                raise OptionError(
+                    f"debug_dir={debug_dir!r}: no folder can be made there: {error}"
+                ) from error
 
     @property
     def wanted(self) -> bool:

@@ -80,7 +80,8 @@ class Store:
 
         Raises:
             ClosedError: The cache was closed.
-            CacheError: A later call has another batch, shape, dtype or device.
+            CacheError: They are no K and V, or a later call has another batch, shape, dtype or
+                device.
             DoesNotFitError: The device has no room for the fixed buffers.
         """
         if self.closed:
@@ -103,6 +104,12 @@ class Store:
 
     def geometry_of(self, k: torch.Tensor, v: torch.Tensor) -> Geometry:
         """The geometry that K ``[B, Hkv, n, D]`` and V ``[B, Hkv, n, Dv]`` need."""
+        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or not k.is_floating_point():
+            raise CacheError(
+                f"K came as {tuple(k.shape)} of {k.dtype} and V as {tuple(v.shape)}: expected "
+                "floating point [batch, KV heads, new tokens, head dim], alike but for the last. "
+                "Nothing was stored"
+            )
         return Geometry(
             self.num_layers, k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device
         )

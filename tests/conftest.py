@@ -111,10 +111,8 @@ def seed(run_seed: int, request: pytest.FixtureRequest) -> int:
     return (run_seed + zlib.crc32(request.node.name.encode())) % 2**31
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random two-layer model (safetensors) and a tokenizer of single bytes."""
-    folder = tmp_path_factory.mktemp("tiny")
+def make_tiny_checkpoint(folder: Path) -> None:
+    """Write a random two-layer model (safetensors) and a tokenizer of single bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(["<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -135,4 +133,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what ``make_tiny_checkpoint`` writes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_checkpoint(folder)
     return folder
