@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from error_cases import CASES, PAGE, ErrorCase, Outcome, World, page, run_all
+from error_cases import CASES, run_all
+from error_harness import PAGE, ErrorCase, Outcome, World, page
 
 
 @pytest.fixture(scope="module")
