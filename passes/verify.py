@@ -30,7 +30,9 @@ entry (ops that nothing has waited for; on compute and h2d one for each slot, in
 ring), and rules 5, 7 and 8 give the next site what this one assumed. So one proof covers all layers
 and steps. What is not in a schedule is the runtime's: a step writes page and tail rows past those
 that it reads, rows given up by a crop are written again only after a drain, and h2d fills a new
-ring only after what compute was given before (the memory may be in use by it).
+ring only after what compute was given before (the memory may be in use by it). Which rows of a page
+a batch row reads changes only between steps: a transfer in flight is used on only if its tag, which
+names the rows it brings, is what the next step expects.
 """
 
 from __future__ import annotations

@@ -315,7 +315,7 @@ class Store:
 
     def rebind(self, geometry: Geometry, tail: Tail) -> None:
         """Go on with another batch and a tail for it; no copy is under way."""
-        self.slots = self.staging = self._paged = None
+        self.slots = self.staging = self.lane = self._paged = None
         self.generation += 1
         self.geometry = self.table.geometry = geometry
         self.tail = tail

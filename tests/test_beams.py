@@ -316,7 +316,7 @@ def turns(m: CompiledModel, cache: HeadInferCache, seed: int) -> list[Tensor]:
 
 
 def test_rows_in_any_order_of_the_streams(llama: CompiledModel, seed: int) -> None:
-    """Tags and page lifetimes hold when rows change: bitwise the same in every order."""
+    """Tags and page lifetimes hold when rows change: no race, bitwise the same in every order."""
     sizes = {"tail_tokens": 3, "page_tokens": 8}
     with llama.cache(**sizes) as cache:
         wanted = turns(llama, cache, seed)
@@ -325,6 +325,7 @@ def test_rows_in_any_order_of_the_streams(llama: CompiledModel, seed: int) -> No
             with simulated(cache, seed=order, synchronize=bool(order % 2)) as simulation:
                 found = turns(llama, cache, seed)
             assert simulation.edges["compute waits for slot.filled"] > 10
+            simulation.log.check()
         assert all(map(torch.equal, found, wanted)), f"seed {order}"
 
 
