@@ -95,7 +95,9 @@ def written(node: Node) -> list[Argument]:
 
 def has_effect(node: Node) -> bool:
     """Whether ``node`` must stay although nothing uses its result."""
-    return node.is_impure() or bool(written(node))
+    # Of a traced vmap the nodes that enter and leave it have no result at all.
+    in_vmap = getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
+    return node.is_impure() or in_vmap or bool(written(node))
 
 
 def writes_inputs(gm: GraphModule) -> bool:

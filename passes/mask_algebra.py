@@ -160,6 +160,8 @@ def prove(expr: Expr, domain: Domain, single_row: Sequence[bool]) -> MaskForm:
             padding = _padding(term.expr, single_row)
             complete = complete and padding is not None
             paddings |= set() if padding is None else {padding}
+            chunk = _chunk(term.expr, distance)
+            windows += [] if chunk is None else [chunk]
         elif sympy.expand(term.linear + distance) == 0:
             causal = True
         else:
@@ -175,6 +177,27 @@ def prove(expr: Expr, domain: Domain, single_row: Sequence[bool]) -> MaskForm:
     causal = causal or domain.new == 1
     number = min(paddings, default=None)
     return MaskForm(causal, window_size, number, formula=describe(causal, window_size, number))
+
+
+def sees_itself(expr: Expr, domain: Domain, single_row: Sequence[bool]) -> bool:
+    """Whether under a boolean mask every query sees its own key, unless that is padded."""
+    if expr.op in ("and", "or"):
+        results = [sees_itself(arg, domain, single_row) for arg in expr.args]
+        return all(results) if expr.op == "and" else any(results)
+    if _padding(expr, single_row) is not None:
+        return True
+    past = to_expr(domain.past)
+    own = past if domain.new == 1 else make("add", Expr("q"), past)
+    at_own = _replace(expr, Expr("kv"), own)
+    same = at_own.op in ("eq", "le", "ge") and at_own.args[0] == at_own.args[1]
+    return same or not _conjunction(at_own, True, domain)
+
+
+def _replace(expr: Expr, old: Expr, new: Expr) -> Expr:
+    if expr == old:
+        return new
+    args = (_replace(arg, old, new) if isinstance(arg, Expr) else arg for arg in expr.args)
+    return Expr(expr.op, tuple(args))
 
 
 def _conjunction(expr: Expr, positive: bool, domain: Domain) -> list[_Term]:
@@ -220,6 +243,27 @@ def _disjunction(branches: list[list[_Term]], whole: Expr, domain: Domain) -> li
         ):
             return weakest
     return [_Term(whole)]
+
+
+def _chunk(expr: Expr, distance: sympy.Expr) -> int | None:
+    """C of a mask that says "query and key are in the same C tokens": a bound of their distance."""
+    if expr.op != "eq" or any(arg.op != "floordiv" for arg in expr.args):
+        return None
+    (left, size), (right, other) = (arg.args for arg in expr.args)
+    if size != other or size.op != "const" or size.args[0] < 1:
+        return None
+    gap = _difference(left, right)
+    if gap is None or sympy.expand(gap - distance) * sympy.expand(gap + distance) != 0:
+        return None
+    return int(size.args[0])
+
+
+def _difference(left: Expr, right: Expr) -> sympy.Expr | None:
+    """``left - right`` as a linear form, after what both have in common is left out."""
+    while left.op == right.op and left.op in ("add", "sub") and left.args[1] == right.args[1]:
+        left, right = left.args[0], right.args[0]
+    first, second = to_linear(left), to_linear(right)
+    return None if first is None or second is None else sympy.expand(first - second)
 
 
 def _padding(expr: Expr, single_row: Sequence[bool]) -> int | None:

@@ -19,14 +19,13 @@ Result::
 Requires: site nodes from ``find_attention``; every node carries its fake value; in ``padding``
 there is one row, or one per batch row.
 
-Ensures: a site whose record has a form has no mask node, and the form says exactly what the mask
-said: conjunctions of causal, sliding and padding terms by name, any other index arithmetic, and
-masks that the caller passed, as an expression that is evaluated per block. Nodes that only served
-a mask have no users left.
+Ensures: no site has a mask node, and its form says exactly what the mask said (of rows that see
+some key): conjunctions of causal, sliding and padding terms by name, any other index arithmetic,
+and masks that the caller passed, as an expression that is evaluated per block. Nodes that only
+served a mask have no users left.
 
 Declines when: a mask of the size new x all tokens is made by anything but index arithmetic, or is
-written in place; ``is_causal`` is aligned to the first key, as in torch, and the cache may hold
-tokens.
+written in place. The model then makes it in full, and its blocks are read from it.
 """
 
 from __future__ import annotations
@@ -41,9 +40,15 @@ from torch.fx import Graph, GraphModule, Node
 
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
 from headinfer_compile.passes.graph_utils import node_value, written
-from headinfer_compile.passes.mask_algebra import Domain, UnreadableError, prove, uncast
+from headinfer_compile.passes.mask_algebra import (
+    Domain,
+    UnreadableError,
+    prove,
+    sees_itself,
+    uncast,
+)
 from headinfer_compile.passes.mask_reader import MaskReader, symbolic
-from headinfer_compile.runtime.masks import AXES, Expr, MaskForm, describe, make
+from headinfer_compile.runtime.masks import AXES, Expr, MaskForm, describe, load, make
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +87,9 @@ def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
             if key not in read:
                 read[key] = _recover(gm.graph, query, mask, site, domain, len(held))
         except UnreadableError as reason:
-            ctx.decline(node, str(reason))
-            continue
+            assert mask is not None
+            ctx.decline(node, f"{reason}: this mask is made in full and read block by block")
+            read[key] = _whole(mask, domain, len(held))
         form, inputs = read[key]
         node.update_arg(_MASK, None)
         node.update_arg(_INPUTS, [*held, *inputs])
@@ -108,7 +114,9 @@ def _recover(
     """The form of a site's mask and the tensors that it reads, ``held`` of the site's before."""
     if mask is None:
         if site.is_causal and domain.past != 0 and not site.bottom_right:
-            raise UnreadableError("is_causal is aligned to the first key, but the cache has tokens")
+            # Torch aligns it to the first key.
+            seen = make("le", Expr("kv"), Expr("q"))
+            return MaskForm(expr=seen, formula=str(seen)), ()
         causal = site.is_causal or domain.new == 1
         window = site.window
         return MaskForm(causal, window, formula=describe(causal, window, None)), ()
@@ -127,12 +135,19 @@ def _recover(
     elif (choice := _additive_choice(expr)) is not None:
         visible, hidden = choice
         proved = prove(visible, domain, single)
-        # A finite bias hides nothing from a row that is biased throughout; a proved form without
-        # padding lets every query see at least itself.
-        everyone_sees = proved.expr is None and proved.padding is None
-        if hidden == -math.inf or (everyone_sees and hidden <= torch.finfo(dtype).min):
+        # A finite bias hides nothing from a row that is biased throughout. Where every query sees
+        # itself, that is a padding token before the first valid one: it gets zeros, as from SDPA,
+        # and no one sees it; the model's own softmax gives it the mean of all V.
+        lowest = hidden <= torch.finfo(dtype).min
+        if hidden == -math.inf or (lowest and sees_itself(visible, domain, single)):
             form = proved
     return _number_inputs(form, reader.inputs, held)
+
+
+def _whole(mask: Node, domain: Domain, held: int) -> _Recovered:
+    """The form of a mask that is read, block by block, from the tensor that holds it."""
+    expr = load(held, _index(MaskReader(domain), mask))
+    return MaskForm(expr=expr, formula=str(expr)), (mask,)
 
 
 def _is_mutated(graph: Graph, nodes: set[Node]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from headinfer_compile.errors import DeclinedError
 from headinfer_compile.passes import recover_mask
 from headinfer_compile.passes.context import META
-from headinfer_compile.runtime.masks import MaskForm
+from headinfer_compile.runtime.masks import Expr, MaskForm, load, make
 from mask_harness import Capture, assert_same_mask, capture_masks, check
 
 INF = float("inf")
@@ -59,7 +59,7 @@ MUTATED = {
     "or": (lambda q, kv: (kv <= q) | (kv > q + 2), MaskForm()),
     "or window": (lambda q, kv: (kv <= q - 4) | (kv == q), MaskForm()),
     "abs": (lambda q, kv: (q - kv).abs() <= 2, MaskForm()),
-    "chunked": (lambda q, kv: (kv // 4 == q // 4) & (kv <= q), MaskForm(True)),
+    "chunked": (lambda q, kv: (kv // 4 == q // 4) & (kv <= q), MaskForm(True, 4)),
     "doubled": (lambda q, kv: 2 * kv <= q, MaskForm(True)),
     "sinks": (lambda q, kv: (kv <= q) & ((kv > q - 3) | (kv < 2)), MaskForm(True)),
     "int cast": (lambda q, kv: ((kv <= q).long() - (kv == 1).long()).bool(), MaskForm()),
@@ -192,15 +192,11 @@ def test_additive_masks() -> None:
         check(graph, site, 5, hidden)
 
 
-def test_a_finite_bias_with_padding_keeps_its_value() -> None:
-    # A row that is all padding is uniform under a finite bias and empty under a bool mask.
+def test_the_lowest_bias_with_padding_is_padding() -> None:
     builds = [padded(finite), padded(infinite)]
     graph = capture_masks(builds, [torch.ones(2, 8, dtype=torch.int64)])
-    kept, proved = graph.recover()
-    assert kept.expr is not None
-    assert not kept.causal
-    assert proved == PADDED
-    check(graph, graph.sites[0], seed=6)
+    assert graph.recover() == [PADDED, PADDED]
+    check(graph, graph.sites[0], 6, torch.finfo(torch.float32).min)
     check(graph, graph.sites[1], 6, -INF)
 
 
@@ -317,23 +313,25 @@ def written_view(past: int, new: int) -> Tensor:
         (arithmetic(lambda q, kv: (kv <= q).float().cumsum(-1)), "not index arithmetic"),
     ],
 )
-def test_unreadable_masks_are_declined(build: Callable[..., Tensor], reason: str) -> None:
+def test_unreadable_masks_are_read_from_the_tensor(
+    build: Callable[..., Tensor], reason: str
+) -> None:
     graph = capture_masks([build])
-    before = [(node, node.args) for node in graph.gm.graph.nodes]
-    recover_mask.run(graph.gm, graph.ctx)
-    assert [(node, node.args) for node in graph.gm.graph.nodes] == before
-    assert graph.ctx.sites[0].mask is None
+    (form,) = graph.recover()
+    assert form.expr is not None
+    assert form.expr.args[-2:] == (Expr("q"), Expr("kv"))
+    assert form == MaskForm(expr=load(0, form.expr.args[1:]))
+    (site,) = graph.sites
+    assert site.args[5] == [graph.masks[0]]
     assert reason in graph.ctx.declines[0].reason
     strict = capture_masks([build], strict=True)
     with pytest.raises(DeclinedError, match=reason):
         recover_mask.run(strict.gm, strict.ctx)
 
 
-def test_top_left_causal_over_a_filled_cache_is_declined() -> None:
+def test_top_left_causal_over_a_filled_cache_is_what_torch_computes() -> None:
     graph = without_mask(5, 3, is_causal=True)
-    recover_mask.run(graph.gm, graph.ctx)
-    assert graph.ctx.sites[0].mask is None
-    assert "first key" in graph.ctx.declines[0].reason
+    assert graph.recover() == [MaskForm(expr=make("le", Expr("kv"), Expr("q")))]
 
 
 def test_bottom_right_causal_is_causal() -> None:
