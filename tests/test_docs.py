@@ -39,6 +39,7 @@ from docs_harness import (
 )
 from harness import clean_dynamo
 from headinfer_compile import HeadInferCache, backend, explain
+from headinfer_compile.cli_bench import CASES
 from headinfer_compile.passes.lower import lower_regions
 
 #: The model that the documents use; a folder of this name stands in for the hub.
@@ -137,6 +138,12 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     for page in (ROOT / "docs").glob("*.md"):
         found = [entry for entry in listed if fnmatch.fnmatch(page.stem, entry)]
         assert len(found) == (page.stem != "index"), f"{page.name}: {found}"
+
+
+def test_every_benchmark_is_in_its_readme() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    table = text.split("| case | question |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) >= {*CASES, "new_user"}
 
 
 def result(name: str, row: str) -> dict[str, Any]:
