@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -220,9 +220,9 @@ def test_beams_of_prompts_of_unequal_length(llama: CompiledModel, seed: int) -> 
     ids = random_ids(seed, 60, 2)
     options: dict[str, Any] = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": NEW}
     options |= {"min_new_tokens": NEW, "do_sample": False, "pad_token_id": 97}
-    cache = llama.cache()
-    got = llama.model.generate(ids, past_key_values=cache, prefill_chunk_size=32, **options)
-    assert torch.equal(got, llama.resident.generate(ids, **options))
+    cache, model, resident = llama.cache(), cast(Any, llama.model), cast(Any, llama.resident)
+    got = model.generate(ids, past_key_values=cache, prefill_chunk_size=32, **options)
+    assert torch.equal(got, resident.generate(ids, **options))
     stats = llama.assert_streamed(cache)
     # Both prompts, their last page cut short, and the pages of six rows after it.
     assert stats.host_bytes <= (2 * 64 + 6 * 16) * llama.token_bytes

@@ -27,7 +27,8 @@ def fresh_dynamo() -> Iterator[None]:
 
 def compiled(seed: int, dtype: torch.dtype, **options: Any) -> tuple[Any, Any, Tensor]:
     """A resident model, its compiled twin and a prompt ``[1, PROMPT]``."""
-    resident: Any = tiny_llama(seed, layers=3, heads=8, kv_heads=2, head_dim=64).to(DEVICE, dtype)
+    resident: Any = tiny_llama(seed, layers=3, heads=8, kv_heads=2, head_dim=64)
+    resident = resident.to(DEVICE, dtype)
     model: Any = type(resident)(resident.config).to(DEVICE, dtype).eval()
     model.load_state_dict(resident.state_dict())
     model.compile(backend=headinfer, options={"lowering": "eager", **options})
