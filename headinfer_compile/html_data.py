@@ -14,6 +14,7 @@ from headinfer_compile.site_ops import ring_tokens
 if TYPE_CHECKING:
     from headinfer_compile.explanation import Explanation, GraphExplanation, SiteSchedule, StepPlan
     from headinfer_compile.passes.pipeline import PassReport
+    from headinfer_compile.planner import Plan
 
 
 def page_data(explanation: Explanation) -> dict[str, Any]:
@@ -26,7 +27,19 @@ def page_data(explanation: Explanation) -> dict[str, Any]:
             for name, count, note in storage_rows(explanation.storage)
         ],
         "tokens": explanation.storage.tokens,
+        "plan": None if explanation.plan is None else _plan(explanation.plan),
         "tiers": explanation.storage.blocks_by_tier,
+    }
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    return {
+        "machine": f"{plan.machine.name}, rates {plan.machine.source}",
+        "prefill_us": plan.prefill_seconds * 1e6,
+        "token_us": plan.seconds_per_token * 1e6,
+        "context": plan.context,
+        "limits": dict(plan.limits),
+        "roofline": [dataclasses.asdict(row) for row in plan.roofline],
     }
 
 

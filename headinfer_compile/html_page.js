@@ -46,7 +46,7 @@ function show(change) {
   if (state.graph !== before.graph) {
     Object.assign(state, { site: 0, region: null, slot: null, op: null, shown: null });
   }
-  if (!change || state.graph !== before.graph) { drawTabs(); drawSummary(graph); drawGraph(graph); drawChoices(graph); drawTexts(graph); }
+  if (!change || state.graph !== before.graph) { drawTabs(); drawSummary(graph); drawGraph(graph); drawChoices(graph); drawTexts(graph); drawRoofline(); }
   if (!change || state.graph !== before.graph || state.site !== before.site || state.region !== before.region) {
     if (state.site !== before.site) Object.assign(state, { op: null, shown: null });
     markGraph();
@@ -199,6 +199,19 @@ function drawTexts(graph) {
   byId("bytes").replaceChildren(el("h2", {}, "Where the bytes are after these steps"),
     el("p", { class: "note" }, `${data.tokens.toLocaleString("en")} tokens in ${Object.entries(data.tiers).map(([tier, n]) => `${plural(n, "token block")} on the ${tier}`).join(", ") || "no token blocks"}.`),
     table([["part"], ["size", "n"], ["bytes", "n"], [""]], data.storage.map((row) => ({ cells: [row.name, row.text, row.bytes.toLocaleString("en"), row.note] }))));
+}
+
+function drawRoofline() {
+  const plan = data.plan, section = byId("roofline");
+  section.hidden = !plan;
+  if (!plan) return;
+  const number = (value, scale) => (value / scale).toLocaleString("en", { maximumSignificantDigits: 3 });
+  section.replaceChildren(el("h2", {}, "What limits each phase"),
+    el("p", { class: "note" }, `For ${plan.machine}. Prefill of ${plan.context.toLocaleString("en")} tokens takes ${duration(plan.prefill_us)}, a token after it ${duration(plan.token_us)}.`),
+    el("ul", { class: "lines" }, ...Object.entries(plan.limits).map(([phase, bound]) => el("li", {}, `${phase}: ${bound}`))),
+    table([["phase"], ["part"], ["TFLOP", "n"], ["device memory", "n"], ["link", "n"], ["FLOP per byte", "n"], ["attainable TFLOP/s", "n"], ["time", "n"], ["bound by"]],
+      plan.roofline.map((row) => ({ cells: [row.phase, row.part, number(row.flop, 1e12), size(Math.round(row.hbm_bytes)), size(Math.round(row.link_bytes)),
+        number(row.intensity, 1), number(row.attainable, 1e12), duration(row.seconds * 1e6), row.bound] }))));
 }
 
 function drawHunks(pass) {

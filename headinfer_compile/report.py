@@ -6,7 +6,7 @@ import copy
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from headinfer_compile.config import HeadInferConfig, parse_bytes, parse_tokens
 from headinfer_compile.errors import DoesNotFitError, HeadInferError, OptionError
 from headinfer_compile.explanation import Call, Explanation, GraphExplanation
 from headinfer_compile.known_models import known_config
-from headinfer_compile.machine import Machine, describe
+from headinfer_compile.machine import Machine, Rates, describe
 from headinfer_compile.model_facts import ModelFacts, shape_facts
 from headinfer_compile.models import find_source, load_config
 from headinfer_compile.passes.graph_utils import calls as calls_op
@@ -29,6 +29,7 @@ from headinfer_compile.report_graphs import PlannedGraph, RecordedGraph, Recorde
 from headinfer_compile.report_step import explain_step
 
 _UNLIMITED_BYTES = 1 << 60
+_ASSUMED_GPU_BYTES = 24 << 30
 
 
 def explain(
@@ -54,7 +55,8 @@ def explain(
         chunk: Tokens of a prefill chunk; the default is the whole prompt at once.
         options: ``HeadInferConfig`` fields, as for ``torch.compile``.
         link: For the predicted times: bytes a second between host and device, or like
-            ``"25GB/s"``; None: as ``headinfer probe`` has measured here, else assumed.
+            ``"25GB/s"``; None: as ``headinfer probe`` has measured here, else assumed. With
+            ``context`` and no GPU here, a card of 24 GiB is assumed, and the report says so.
         tflops: For the predicted times: peak of matrix products, 1e12 operations a second.
         kwargs: With ``args``: keyword arguments of the call; ``past_key_values`` is a new
             ``HeadInferCache`` unless given. With ``context``: ``batch``, ``dtype`` (a torch dtype),
@@ -70,7 +72,10 @@ def explain(
         HeadInferError: The call does not use the cache, so there is nothing to report.
     """
     config = HeadInferConfig.from_options(options)
-    machine = describe(this_machine(measure=False), link=link, tflops=tflops)
+    here = this_machine(measure=False)
+    if context is not None and not torch.cuda.is_available():
+        here = _assumed_gpu(here)
+    machine = describe(here, link=link, tflops=tflops)
     if context is None:
         if not isinstance(model, torch.nn.Module) or not (args or kwargs):
             raise OptionError("explain needs a live model and the arguments of a call, or context=")
@@ -83,6 +88,14 @@ def explain(
     size = total if chunk is None else min(total, parse_tokens(chunk, "chunk"))
     with _without_collector():
         return _explain_context(model, total, size, config, machine, **kwargs)
+
+
+def _assumed_gpu(here: Machine) -> Machine:
+    """A card for the predicted times where there is none; its rates are no machine's."""
+    rates = Rates(assumed=tuple(f.name for f in fields(Rates) if f.name != "assumed"))
+    return replace(
+        here, name="a GPU of 24 GiB", gpu_memory=_ASSUMED_GPU_BYTES, rates=rates, source="assumed"
+    )
 
 
 @contextmanager
