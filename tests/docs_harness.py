@@ -189,8 +189,11 @@ def relative_links(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings of a page, as GitHub and the site make them."""
-    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    """Anchors of the headings of a page and of what it includes, as GitHub and the site do."""
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"^```\{include\} (\S+)$", text, re.M):
+        text += (page.parent / name).read_text(encoding="utf-8")
+    text = _FENCE.sub("", text)
     titles = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
