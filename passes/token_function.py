@@ -137,6 +137,8 @@ class _Reading:
         """The operations as a function of cached K, cached V, the number of rows, and inputs."""
         graph = Graph()
         k, v, rows = (graph.placeholder(name) for name in ("k", "v", "rows"))
+        # Not the model's: batch rows may share what is cached.
+        batch = graph.call_method("size", (k, 0))
         outer: dict[Node, Node] = {}
         copies: dict[Node, Node] = {}
 
@@ -145,7 +147,7 @@ class _Reading:
                 return copies.get(arg, rows)
             held = node_value(arg)
             if not isinstance(held, torch.Tensor):
-                return self._size(held, rows)
+                return self._size(held, rows, batch)
             if arg not in outer:
                 self.inputs.append(arg)
                 with graph.inserting_after(list(outer.values())[-1] if outer else rows):
@@ -162,6 +164,8 @@ class _Reading:
             name = f"step_{number}"
             copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=name)
         graph.output((copies[key], copies[value]))
+        if not batch.users:
+            graph.erase_node(batch)
         graph.lint()
         module = GraphModule(torch.nn.Module(), graph)
         places = tuple(range(len(self.inputs)))
@@ -170,12 +174,14 @@ class _Reading:
             raise UnsupportedError("K and V are expanded to different or symbolic heads")
         return TokenFunction(module.code, places, heads, module.forward)
 
-    def _size(self, value: Any, rows: Node) -> Any:
-        if isinstance(value, torch.SymInt):
-            if not statically_known_true(value == self.total):
-                raise UnsupportedError(f"its K or V depends on the size {value}")
+    def _size(self, value: Any, rows: Node, batch: Node) -> Any:
+        if not isinstance(value, torch.SymInt):
+            return value
+        if statically_known_true(value == self.total):
             return rows
-        return value
+        if not statically_known_true(value == node_value(self._kv_nodes()[0]).shape[0]):
+            raise UnsupportedError(f"its K or V depends on the size {value}")
+        return batch
 
     def _with_rows(self, node: Node, rows: Node) -> tuple[Any, ...]:
         """The arguments of ``node``, with the size of the token dimension a variable."""

@@ -22,6 +22,7 @@ from harness import (
 )
 from headinfer_compile import HeadInferCache
 from headinfer_compile.simulator import simulated
+from model_zoo import FAMILIES
 
 NEW = 12
 
@@ -336,3 +337,22 @@ def test_beams_compile_nothing_new(llama: CompiledModel, seed: int) -> None:
     for num_beams, tokens in ((3, 81), (5, 70), (4, 95)):
         check_beams(llama, seed, llama.cache(), num_beams, tokens=tokens)
         assert dynamo_graphs() == compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["gpt-oss", "Gemma 2", "DeepSeek-V3", "Falcon (MQA)", "Qwen3-Next"]
+)
+def test_beams_of_other_families(seed: int, name: str) -> None:
+    """Sinks, soft caps, expanded K and V, one KV head, states of linear layers."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    if family.missing():
+        pytest.skip(str(family.missing()))
+    m = CompiledModel(family.make(seed))
+    ids, cache = random_ids(seed, 70), m.cache()
+    want = beams(m.resident, ids, m.resident_cache(), 3)
+    got = beams(m.model, ids, cache, 3)
+    assert torch.equal(got[0], want[0])
+    stats = cache.stats()
+    assert stats.eager_updates == 0 and stats.materialised_layers == 0
+    assert stats.sites_rewritten > 0 and stats.h2d_bytes > 0
