@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import plan_accuracy
+from benchmarks import plan_accuracy, plan_sweep
 from benchmarks.common import read_rows
 
 
@@ -41,3 +41,13 @@ def test_a_synthetic_cell_times_its_last_chunk(tmp_path: Path) -> None:
     (row,) = plan_accuracy.main([*args.split(), *more])
     assert row["synthetic"] and row["timed"] == "last chunk"
     assert row["entries"]["host_bytes"]["error"] == 0
+
+
+@pytest.mark.slow
+def test_the_sweep_compares_auto_with_fixed_settings(tmp_path: Path) -> None:
+    args = "--lowering eager --device cpu --model tiny --rounds 1 --steps 2 --settings :num_slots=2"
+    base = "headinfer:0:page_tokens=32:tail_tokens=8"
+    rows = plan_sweep.main([*args.split(), "--base", base, "--out", str(tmp_path / "rows.json")])
+    assert [row["setting"] for row in rows] == ["auto", "num_slots=2"]
+    for part in ("prefill_seconds", "seconds_per_token"):
+        assert min(row["behind"][part] for row in rows) == 0 < min(row[part] for row in rows)
