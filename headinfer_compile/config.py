@@ -109,7 +109,7 @@ class HeadInferConfig:
     disable_passes: tuple[str, ...] = ()
     """Optional passes to leave out: ``hoist_prefetch``."""
     nvtx: bool = False
-    """Put NVTX ranges around sites."""
+    """Put NVTX ranges around sites and ops, named by layer, group and block."""
     lowering: Literal["inductor", "eager"] = "inductor"
     """What compiles the regions between attentions; ``"eager"`` is for debugging and tests."""
     inductor: Mapping[str, Any] = field(default_factory=dict)

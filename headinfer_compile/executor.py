@@ -122,6 +122,11 @@ class CompiledGraph:
 
     # -- a call -----------------------------------------------------------------------------
 
+    @property
+    def __code__(self) -> types.CodeType:
+        """That of ``__call__``: depyf and others look at the code of what Dynamo calls."""
+        return type(self).__call__.__code__
+
     def __call__(self, *args: Any) -> Any:
         """Run one forward pass; on an error the cache is as before it."""
         session = session_of(args[self.handle_index])

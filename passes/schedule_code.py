@@ -5,7 +5,9 @@ FX's own code generation costs 90 us per node, which is most of the time of a ne
 
 from __future__ import annotations
 
+import linecache
 import operator
+import zlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +40,11 @@ def compile_schedule(gm: GraphModule) -> Callable[..., tuple[Any, ...]]:
             dead = f"; del {', '.join(dying[node])}" if node in dying else ""
             lines.append(f"    {statement(node)}{dead}")
     scope: dict[str, Any] = dict(names)
-    exec(compile("\n".join(lines), "<headinfer schedule>", "exec"), scope)
+    text = "\n".join(lines)
+    name = f"<headinfer schedule {zlib.crc32(text.encode()):08x}>"
+    # Tracebacks and debuggers show the statement; linecache keeps what has no time of change.
+    linecache.cache[name] = (len(text), None, [f"{line}\n" for line in lines], name)
+    exec(compile(text, name, "exec"), scope)
     function: Callable[..., tuple[Any, ...]] = scope["site"]
     return function
 

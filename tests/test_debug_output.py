@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from harness import clean_dynamo, tiny_llama
+from harness import CompiledModel, clean_dynamo, random_ids, tiny_llama
 from headinfer_compile import explain
 from headinfer_compile.passes.pipeline import GRAPH_PASSES, PLAN_PASSES
 
@@ -42,12 +45,12 @@ assert cache.stats().sites_rewritten == 1
 """
 
 
-def start(**environment: str) -> subprocess.Popen[str]:
-    """Start ``SCRIPT`` with exactly these of torch's debug variables."""
+def start(script: str = SCRIPT, **environment: str) -> subprocess.Popen[str]:
+    """Start ``script`` with exactly these of torch's debug variables."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_")}
     root = str(Path(__file__).parents[1])
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         env={**kept, "PYTHONPATH": root, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -154,3 +157,51 @@ def test_a_later_run_adds_to_the_folder(folder: Path, tmp_path: Path) -> None:
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {name: after[name] for name in before} == before
     assert len(after) > len(before)
+
+
+def test_a_failing_op_shows_its_line_of_the_schedule(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    with clean_dynamo():
+        compiled = CompiledModel(tiny_llama(seed, layers=1))
+        with compiled.cache() as cache:
+            compiled.forward(random_ids(seed, 40), cache, 20)
+            monkeypatch.setattr("headinfer_compile.runtime.block_ops.merge_", fail)
+            with pytest.raises(RuntimeError, match="no kernel") as caught:
+                compiled.forward(random_ids(seed, 1), cache, 1)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert re.search(r'File "<headinfer schedule [0-9a-f]{8}>", line \d+, in site\n', shown)
+    assert re.search(r"\n +attend_merge_default\w* = headinfer\.attend_merge\(handle, ", shown)
+
+
+@pytest.mark.slow
+def test_depyf_reads_what_was_compiled(tmp_path: Path) -> None:
+    pytest.importorskip("depyf", reason="pip install depyf")
+    # Not generate: depyf 0.20 runs its own decompilation of the call, which loses keyword inputs.
+    made, _, _ = SCRIPT.partition("out = model")
+    watched = f"with torch.no_grad(), depyf.prepare_debug({str(tmp_path)!r}):"
+    calls = "\n    ".join([watched, *["model(ids, past_key_values=cache)"] * 2])
+    process = start(f"import depyf\n{made}{calls}\nassert cache.stats().sites_rewritten == 1")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    texts = [path.read_text(encoding="utf-8") for path in tmp_path.glob("*.py")]
+    assert any("headinfer.update_kv" in text for text in texts)
+    assert any("__transformed_code_0_for_wrapper" in path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("tlparse") is None, reason="pip install tlparse")
+def test_tlparse_lists_every_graph_of_every_pass(tmp_path: Path) -> None:
+    process = start(TORCH_TRACE=str(tmp_path / "trace"))
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    (log,) = (tmp_path / "trace").glob("*.log")
+    command = ["tlparse", str(log), "-o", str(tmp_path / "out"), "--no-browser"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    index = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    for name in (*GRAPH_NAMES, *PLAN_NAMES):
+        assert re.search(rf"headinfer_\d+_{name}", index), name
