@@ -14,6 +14,7 @@ from headinfer_compile.config import HeadInferConfig, format_bytes
 from headinfer_compile.errors import CacheError, ClosedError, DoesNotFitError
 from headinfer_compile.runtime import sizes
 from headinfer_compile.runtime.budget import default_gpu_budget, default_host_budget, refusing
+from headinfer_compile.runtime.host_build import library
 from headinfer_compile.runtime.host_lane import HostLane
 from headinfer_compile.runtime.paged import PagedTables
 from headinfer_compile.runtime.pages import BlockTable
@@ -164,6 +165,9 @@ class Store:
         ]
         if geometry.device.type == "cuda":
             self.capability = torch.cuda.get_device_capability(geometry.device)
+            if self.config.cpu_attention != "off":
+                # Built now, if it has to be: the first decode step would wait for it.
+                library()
         self.table = table
         self.geometry = geometry
 
