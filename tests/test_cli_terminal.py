@@ -47,7 +47,8 @@ def test_progress_is_for_terminals(tiny_checkpoint: Path, terminal: bool) -> Non
     ids = torch.arange(3, 90)[None]
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=160)
-    model.compile(backend=headinfer, options={"lowering": "eager"})
+    if terminal:
+        model.compile(backend=headinfer, options={"lowering": "eager"})
     with HeadInferCache(model.config, page_tokens=32, tail_tokens=16, gpu_budget=0) as cache:
         result = run_generate(
             model, tokenizer, ids, cache, label="prefill", console=console, out=None,
@@ -66,21 +67,13 @@ def test_progress_is_for_terminals(tiny_checkpoint: Path, terminal: bool) -> Non
     assert live_bytes(DynamicCache()) == ""
 
 
-def test_quiet_says_nothing_but_the_text(
-    tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tiny_checkpoint, "--prompt", PROMPT, "--max-new-tokens", "4", "--quiet") == 0
-    out, err = capfd.readouterr()
-    assert out.strip() and not err
-
-
-def test_a_time_line_of_what_was_generated(
+def test_a_time_line_of_what_was_generated_and_quiet(
     tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "trace.json"
     code = run(
         tiny_checkpoint, "--prompt", PROMPT, "--max-new-tokens", "4", "--chunk", "64",
-        "--gpu-budget", "0", "--json", "--trace", str(path),
+        "--gpu-budget", "0", "--json", "--quiet", "--trace", str(path),
     )  # fmt: skip
     out, err = capfd.readouterr()
     assert code == 0, err
@@ -90,7 +83,7 @@ def test_a_time_line_of_what_was_generated(
     copies = [e for e in trace["traceEvents"] if e["name"] == "prefetch" and e["tid"] == 2]
     moved = sum(event["args"].get("bytes", 0) for event in copies if event["pid"] == 1)
     assert moved == stats["h2d_bytes"] > 0
-    assert "steps: " in err
+    assert not err
     assert run(tiny_checkpoint, "--prompt", "a", "--trace", "/no/such/folder/x") == 2
 
 

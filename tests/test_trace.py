@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import re
 import statistics
 import time
 import weakref
@@ -22,8 +23,9 @@ from harness import CompiledModel, clean_dynamo, random_ids, tiny_llama
 from headinfer_compile import HeadInferCache, headinfer, profile
 from headinfer_compile.errors import CacheError, DoesNotFitError
 from headinfer_compile.profiling import Profile
+from headinfer_compile.runtime.trace import observer_for
 
-LAYERS = 3
+LAYERS = 2
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,38 @@ def test_ops_carry_their_names_in_a_profiler(compiled: CompiledModel, seed: int)
             assert [
                 n for n in names if n.startswith(f"headinfer.{op} layer={layer} group=0 block=")
             ]
+
+
+def test_nvtx_ranges_are_nested_and_named(
+    compiled: CompiledModel, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `nvtx=True` pushes on a GPU; here the calls are only noted."""
+    depth, seen = [0], []
+
+    def push(name: str) -> None:
+        seen.append((depth[0], name))
+        depth[0] += 1
+
+    def pop() -> None:
+        depth[0] -= 1
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", push)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", pop)
+    monkeypatch.setattr(
+        "headinfer_compile.executor.observer_for", lambda timer, _: observer_for(timer, nvtx=True)
+    )
+    with compiled.cache() as cache:
+        ids = random_ids(seed, 81)
+        compiled.forward(ids[:, :80], cache, 40)
+        seen.clear()
+        compiled.forward(ids[:, 80:], cache, 1)
+    assert depth == [0]
+    assert [name for level, name in seen if level == 0] == [
+        f"headinfer site layer={layer}" for layer in range(LAYERS)
+    ]
+    ops = [name for level, name in seen if level == 1]
+    assert ops and all(re.match(r"headinfer\.\w+ layer=\d+", name) for name in ops)
+    assert any("headinfer.prefetch" in name and "slot=" in name for name in ops)
 
 
 def test_an_op_costs_little_more_when_it_is_timed(compiled: CompiledModel, seed: int) -> None:
