@@ -61,6 +61,9 @@ def _built(compiler: str, flags: tuple[str, ...]) -> Path:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     target = root / "headinfer_compile" / f"host_attention_{digest.hexdigest()[:16]}.so"
     if target.exists():
+        found = target.stat()
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+            raise PermissionError(f"{target} is not this user's alone and is not loaded: remove it")
         return target
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     # Built aside and moved: two processes that build at once both end with a whole file.

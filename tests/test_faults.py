@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import threading
@@ -310,26 +311,22 @@ def test_slabs_that_the_host_refuses(model: CompiledModel, rounds: int) -> None:
             assert not cache.session.table.blocks
 
 
-def test_a_refused_resident_block(model: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``gpu_budget`` promises more than there is: said so, and intact at the last length."""
-    case = STEPS["turn after a tail"]
-    wanted = reference(model, case)
-    empty = torch.empty
+def test_a_refused_resident_block(
+    model: CompiledModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``gpu_budget`` promises more than there is: the rest goes to the host, and is exact there."""
+    case, empty = StepCase((), 40, {"gpu_budget": 10_000}), torch.empty
+    wanted = reference(model, case).logits[0]
 
     def refuse(*size: Any, **how: Any) -> Tensor:
         if how.get("dtype") is torch.uint8 and how.get("device") == torch.device("cpu"):
             raise torch.OutOfMemoryError("out of memory")
         return empty(*size, **how)
 
-    with StepCase((), 12, case.sizes).start(model) as cache:
+    with case.start(model) as cache:
         monkeypatch.setattr(torch, "empty", refuse)
-        with pytest.raises(DoesNotFitError, match=r"no room for a resident block .*lower gpu"):
-            call(model, cache, 0, 40)
-        monkeypatch.undo()
-        assert torch.equal(call(model, cache, 0, 40), call_alone(model, case, 40))
-    assert wanted.after.blocks > 0
-
-
-def call_alone(model: CompiledModel, case: StepCase, count: int) -> Tensor:
-    with StepCase((), count, case.sizes).start(model) as cache:
-        return call(model, cache, 0, count)
+        with caplog.at_level(logging.WARNING):
+            found = case.step(model, cache)
+        assert float((found - wanted).abs().max()) < 1e-5
+        assert cache.stats().resident_bytes == 0 < cache.stats().host_bytes
+    assert "no room for another resident block" in caplog.text
