@@ -103,8 +103,8 @@ function drawDetail(step, site) {
   if (op.slot !== undefined) rows.push(["slot", `ring slot ${ringSlot(step, site, op)} (base ${site.base} + ${op.slot}), ${exact(op.slot_bytes || 0)}${op.slot_bytes ? "" : " new"}`]);
   if (op.pages) rows.push(["pages", op.pages.map(([block, n]) => `token block ${block} (${n.toLocaleString("en")} rows)`).join(", ")]);
   if (op.link_bytes) rows.push(["over the link", exact(op.link_bytes)]);
-  if (op.memory_bytes) rows.push(["device memory", exact(op.memory_bytes)]);
-  if (op.flop) rows.push(["work", `${(op.flop / 1e9).toLocaleString("en", { maximumFractionDigits: 2 })} GFLOP`]);
+  if (op.memory_bytes) rows.push([op.stream === "cpu" ? "host memory" : "device memory", exact(op.memory_bytes)]);
+  if (op.flop) rows.push(["work", `${(op.flop / 1e9).toLocaleString("en", { maximumSignificantDigits: 3 })} GFLOP`]);
   rows.push(["waits for", (op.after || []).map((edge) => edgeText(step, site, edge)).join("; ") || "nothing but its stream"]);
   const users = schedule.ops.filter((other) => (other.after || []).some(([name]) => name === op.name));
   if (users.length) rows.push(["waited for by", users.map((other) => `${other.name} (${other.stream})`).join(", ")]);

@@ -22,7 +22,7 @@ def trace_events(steps: Sequence[StepTrace], predicted: Sequence[Prediction]) ->
     for process, name in ((MEASURED, "measured"), (PREDICTED, "predicted")):
         yield _meta("process_name", process, 0, {"name": name})
         yield _meta("process_sort_index", process, 0, {"sort_index": process})
-        for lane, title in lanes if process == MEASURED else lanes[:3]:
+        for lane, title in lanes if process == MEASURED else lanes[: _LANES.index("host")]:
             yield _meta("thread_name", process, lane, {"name": title})
             yield _meta("thread_sort_index", process, lane, {"sort_index": lane})
     for step, expected in zip(steps, predicted, strict=True):
