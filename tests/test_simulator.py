@@ -24,6 +24,8 @@ from mutator import opname
 #: One call each: new tokens, or tokens to crop when negative; 0 resets. A dict is new options, and
 #: "fault" lets the next call be interrupted, in its last layer, and then made again.
 Calls = Sequence[int | dict[str, Any] | str]
+#: Calls that reorder the rows of a batch of two.
+ROWS = {"swap": (1, 0), "first": (0, 0), "second": (1, 1)}
 LONG: Calls = (40, 40, *[1] * 10, -5, 12, *[1] * 6)
 SHORT: Calls = (40, *[1] * 14)
 
@@ -39,15 +41,19 @@ def model() -> Iterator[CompiledModel]:
     torch.set_num_threads(threads)
 
 
-def play(model: CompiledModel, cache: HeadInferCache, calls: Calls, seed: int = 0) -> list[Tensor]:
+def play(
+    model: CompiledModel, cache: HeadInferCache, calls: Calls, seed: int = 0, batch: int = 1
+) -> list[Tensor]:
     """The logits of each call."""
-    ids, at, logits, fault = random_ids(seed, 512), 0, [], False
+    ids, at, logits, fault = random_ids(seed, 512, batch), 0, [], False
     with torch.no_grad():
         for count in calls:
             if isinstance(count, dict):
                 model.use(**count)
             elif isinstance(count, str):
-                fault = True
+                fault = count == "fault"
+                if count in ROWS:
+                    cache.reorder_cache(torch.tensor(ROWS[count]))
             elif count > 0:
                 part = ids[:, at : at + count]
                 if fault:
@@ -311,6 +317,25 @@ def calls_of() -> st.SearchStrategy[Calls]:
         st.integers(20, 60),
         rest,
     )
+
+
+REORDERED: Calls = (24, 1, 1, "swap", *[1] * 5, "first", *[1] * 6, -3, "second", 7, 1, "swap", 1, 1)
+
+
+@pytest.mark.parametrize("budget", [0, 20_000])
+def test_rows_are_reordered_between_steps_in_any_order(budget: int, model: CompiledModel) -> None:
+    model.use(num_slots=2)
+    sizes = {"page_tokens": 8, "tail_tokens": 4, "gpu_budget": budget}
+    with model.cache(**sizes) as cache:
+        wanted = play(model, cache, REORDERED, batch=2)
+    for seed in range(4):
+        with (
+            model.cache(**sizes) as cache,
+            simulated(cache, seed=seed, synchronize=bool(seed % 2)) as simulation,
+        ):
+            found = play(model, cache, REORDERED, batch=2)
+        assert equal(found, wanted), f"seed {seed}"
+        simulation.log.check()
 
 
 @given(
