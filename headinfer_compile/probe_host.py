@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from headinfer_compile.backend import headinfer
 from headinfer_compile.cache import HeadInferCache
 
-_LAYERS, _PAGE, _TAIL = 8, 64, 64
+_PAGE, _TAIL = 64, 64
 _STEPS = 24
 _FEW, _MANY = 2, 34
 
@@ -30,19 +30,20 @@ def host_seconds(device: torch.device, dtype: torch.dtype) -> tuple[float, float
         dtype: Of the model.
     """
     cuda = device.type == "cuda"
+    layers = 8 if cuda else 3  # tracing them is most of the time that a CPU needs
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=_LAYERS,
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1 << 16,
     )  # fmt: skip
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.compile(backend=headinfer, options={"lowering": "inductor" if cuda else "eager"})
     few, many = (_step_seconds(model, device, blocks, 0) for blocks in (_FEW, _MANY))
-    block = max(0.0, (many - few) / (_MANY - _FEW) / _LAYERS)
+    block = max(0.0, (many - few) / (_MANY - _FEW) / layers)
     if cuda:
-        layer = _step_seconds(model, device, _FEW, 1 << 30) / _LAYERS
+        layer = _step_seconds(model, device, _FEW, 1 << 30) / layers
     else:
-        layer = max(0.0, few / _LAYERS - _FEW * block)
+        layer = max(0.0, few / layers - _FEW * block)
     return layer, block
 
 
