@@ -3,12 +3,11 @@
 // Included once per instruction set, inside a namespace that has defined HA_FN, kLanes, F and the
 // primitives below, and HA_DOT for a product of bf16 pairs where there is one. No include guard.
 //
-// Tile by tile: scores of up to kRowBlock query rows, online softmax, weighted sum of V. A tile's K
+// Tile by tile: scores of up to four query rows, online softmax, weighted sum of V. A tile's K
 // and V stay in the first-level cache while all query rows pass over them; what comes next is
 // prefetched along the way, so that memory never waits for the arithmetic.
 
 constexpr int kTile = HA_TILE;
-constexpr int kRowBlock = 16;
 constexpr int kPrefetchBytes = HA_PREFETCH_BYTES;
 
 HA_FN F exp_nonpositive(F x) {
@@ -48,7 +47,9 @@ HA_FN void score(const float* q, int64_t q_stride, const T* k, int64_t dim, int 
       HA_UNROLL
       for (int jj = 0; jj < JB; ++jj) {
         const T* at_k = base + jj * dim + d;
-        if (Ahead) prefetch(reinterpret_cast<const char*>(at_k) + kPrefetchBytes);
+        if (Ahead && d * sizeof(T) % 64 == 0) {
+          prefetch(reinterpret_cast<const char*>(at_k) + kPrefetchBytes);
+        }
         const F keys = load(at_k);
         HA_UNROLL
         for (int r = 0; r < RB; ++r) {
@@ -156,7 +157,10 @@ HA_FN void weigh(
     for (int r = 0; r < RB; ++r) weights[r] = set1(p[r * kTile + j]);
     HA_UNROLL
     for (int c = 0; c < CB; ++c) {
-      if (Ahead) prefetch(reinterpret_cast<const char*>(row + c * kLanes) + kPrefetchBytes);
+      // Once a line.
+      if (Ahead && (c * kLanes * sizeof(T)) % 64 == 0) {
+        prefetch(reinterpret_cast<const char*>(row + c * kLanes) + kPrefetchBytes);
+      }
       const F values = load(row + c * kLanes);
       HA_UNROLL
       for (int r = 0; r < RB; ++r) acc[r * CB + c] = fma(weights[r], values, acc[r * CB + c]);
@@ -270,13 +274,24 @@ HA_FN void attend_block(const Run& run, int row, int64_t at, int rows, float* s)
       s, v, run.v_head_dim, rows, run.out + row * run.out_stride, run.out_stride);
 }
 
-template <class T, bool Ahead>
-HA_FN void attend_rows(const Run& run, int row, int64_t at, int rows, float* s) {
-  const int left = run.query_rows - row;
-  const int stop = row + (left < kRowBlock ? left : kRowBlock);
-  for (; row + 4 <= stop; row += 4) attend_block<T, 4, Ahead>(run, row, at, rows, s);
-  for (; row + 2 <= stop; row += 2) attend_block<T, 2, Ahead>(run, row, at, rows, s);
-  if (row < stop) attend_block<T, 1, Ahead>(run, row, at, rows, s);
+// The first query rows of a tile also prefetch the next ones; to the others they are in the cache.
+template <class T>
+HA_FN void attend_tile(const Run& run, int64_t at, int rows, float* s) {
+  const int stop = run.query_rows;
+  int row = 0;
+  if (stop >= 4) {
+    attend_block<T, 4, true>(run, 0, at, rows, s);
+    row = 4;
+  } else if (stop >= 2) {
+    attend_block<T, 2, true>(run, 0, at, rows, s);
+    row = 2;
+  } else {
+    attend_block<T, 1, true>(run, 0, at, rows, s);
+    row = 1;
+  }
+  for (; row + 4 <= stop; row += 4) attend_block<T, 4, false>(run, row, at, rows, s);
+  for (; row + 2 <= stop; row += 2) attend_block<T, 2, false>(run, row, at, rows, s);
+  if (row < stop) attend_block<T, 1, false>(run, row, at, rows, s);
 }
 
 // Attend one run of rows; out, tops and totals are the partial result of this run.
@@ -290,10 +305,7 @@ HA_FN void attend_run_as(const Run& run) {
   alignas(64) float s[4 * kTile];
   for (int64_t at = 0; at < run.rows; at += kTile) {
     const int rows = static_cast<int>(run.rows - at < kTile ? run.rows - at : kTile);
-    attend_rows<T, true>(run, 0, at, rows, s);
-    for (int row = kRowBlock; row < run.query_rows; row += kRowBlock) {
-      attend_rows<T, false>(run, row, at, rows, s);
-    }
+    attend_tile<T>(run, at, rows, s);
   }
 }
 

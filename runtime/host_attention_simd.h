@@ -14,7 +14,7 @@
 #endif
 
 // What a tuning run may set: rows of a tile; how far ahead K and V are prefetched, and into which
-// cache (3: first level, 2: second, 0: past them).
+// cache (3: first level, 2: second, 0: past them, -1: not at all).
 #ifndef HA_TILE
 #define HA_TILE 64
 #endif
@@ -23,6 +23,12 @@
 #endif
 #ifndef HA_PREFETCH_LEVEL
 #define HA_PREFETCH_LEVEL 2
+#endif
+
+#if HA_PREFETCH_LEVEL < 0
+#define HA_PREFETCH(p) (void)(p)
+#else
+#define HA_PREFETCH(p) __builtin_prefetch(p, 0, HA_PREFETCH_LEVEL)
 #endif
 
 // Accumulators are arrays that have to end in registers, whatever the compiler thinks of its limits.
@@ -107,7 +113,7 @@ HA_FN float greatest(F x) {
   return std::fmax(std::fmax(x[0], x[1]), std::fmax(x[2], x[3]));
 }
 HA_FN F sum_each(const F* acc) { return F{sum(acc[0]), sum(acc[1]), sum(acc[2]), sum(acc[3])}; }
-HA_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, HA_PREFETCH_LEVEL); }
+HA_FN void prefetch(const void* p) { HA_PREFETCH(p); }
 HA_FN float widen(float x) { return x; }
 HA_FN float widen(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -209,7 +215,7 @@ HA_FN float greatest(F x) {
   for (int i = 1; i < 8; ++i) top = held[i] > top ? held[i] : top;
   return top;
 }
-HA_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, HA_PREFETCH_LEVEL); }
+HA_FN void prefetch(const void* p) { HA_PREFETCH(p); }
 
 #include "host_attention_kernel.h"
 #undef HA_FN
@@ -273,7 +279,7 @@ HA_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, HA_PREFETCH_LEVEL)
   }                                                                                                \
   HA_FN float sum(F x) { return _mm512_reduce_add_ps(x); }                                         \
   HA_FN float greatest(F x) { return _mm512_reduce_max_ps(x); }                                    \
-  HA_FN void prefetch(const void* p) { __builtin_prefetch(p, 0, HA_PREFETCH_LEVEL); }
+  HA_FN void prefetch(const void* p) { HA_PREFETCH(p); }
 
 namespace avx512 {
 

@@ -15,6 +15,10 @@ from typing import Any, Protocol
 _FIRST_SHARE = 0.5
 _MARGIN = 1.05
 """A move has to pay by this much: noise is no reason."""
+_LARGEST_MOVE = 8
+"""A step moves at most this part of the blocks, one at least: an outlier must not decide."""
+_FIRST_REST = 32
+"""Steps without the CPU before one block is tried again; doubled each time."""
 _LINK_RATE = 40e9
 """Bytes a second of the link, until a move has shown what a block costs there."""
 
@@ -31,6 +35,18 @@ class Balance:
     """By how much the CPU was ahead at the last observation; negative: the GPU waited for it."""
     _moved: int = 0
     _before: float = 0.0
+    _last_sign: int = 0
+    _blocks: int = 0
+    _idle: int = 0
+    _rest: int = _FIRST_REST
+
+    def begin_step(self) -> None:
+        """Let the CPU try again after a rest, where it has been left out."""
+        if self._blocks and self.count(self._blocks) == 0:
+            self._idle += 1
+            if self._idle >= self._rest:
+                self._idle, self._rest = 0, 2 * self._rest
+                self.share, self._moved, self._last_sign = 1 / self._blocks, 0, 0
 
     def count(self, blocks: int) -> int:
         """Blocks for the CPU, of ``blocks`` on the host."""
@@ -53,21 +69,22 @@ class Balance:
         """
         if count != self.count(blocks) or not leads or cpu_block <= 0:
             return  # the share has moved since
-        lead = statistics.median(leads)
+        self._blocks, lead = blocks, statistics.median(leads)
         if self._moved:
             # A block less on the link and one more on the CPU: both show in the lead.
-            self.link_block = max((self._before - lead) / self._moved - cpu_block, 0.05 * cpu_block)
+            seen = (self._before - lead) / self._moved - cpu_block
+            self.link_block = max(seen, 0.5 * link_block)
         self._moved, self._before, self.lead_seconds = 0, lead, lead
         link_block = self.link_block or link_block
+        sign = (lead > _MARGIN * cpu_block) - (-lead > _MARGIN * link_block)
+        agreed, self._last_sign = sign == self._last_sign, sign
+        if not sign or not agreed:
+            return  # twice in a row, or it was chance
         whole = int(abs(lead) / (cpu_block + link_block))
-        if lead > _MARGIN * cpu_block:
-            target = min(count + max(1, whole), blocks)
-        elif -lead > _MARGIN * link_block:
-            target = max(count - max(1, whole), 0)
-        else:
-            return
+        move = sign * max(1, min(whole, blocks // _LARGEST_MOVE))
+        target = min(max(0, count + move), blocks)
         if target != count:
-            self._moved, self.share = target - count, target / blocks
+            self._moved, self._last_sign, self.share = target - count, 0, target / blocks
 
 
 class TimedEvent(Protocol):

@@ -117,6 +117,8 @@ class HostLane:
         """
         self.check(past)
         self._steps.append((self.issued, past))
+        for balance in self.balances.values():
+            balance.begin_step()
         done = self.report.bytes, self.report.nanoseconds
         if done[0] > self._done[0]:
             self.races.settle((done[0] - self._done[0]) / (done[1] - self._done[1]) * 1e9)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 
 from headinfer_compile.runtime.host_balance import Balance, Race, Races
 
 
-def settle(link: float, cpu: float, blocks: int, steps: int = 40) -> tuple[Balance, list[float]]:
+def settle(link: float, cpu: float, blocks: int, steps: int = 120) -> tuple[Balance, list[float]]:
     """Let a balance find its share; seconds of a block on the link and on the CPU."""
     balance, times = Balance(), []
     for _ in range(steps):
@@ -34,6 +35,30 @@ def test_a_slow_cpu_is_left_out(blocks: int) -> None:
     balance, times = settle(1.0, 200.0, blocks)
     assert balance.count(blocks) == 0
     assert times[-1] == blocks
+
+
+def test_an_outlier_does_not_decide() -> None:
+    balance = Balance(0.5)
+    balance.update(16, 8, [-1.0], 1e-3, 1e-3)
+    assert balance.count(16) == 8
+    balance.update(16, 8, [1e-4], 1e-3, 1e-3)
+    balance.update(16, 8, [-1.0], 1e-3, 1e-3)
+    assert balance.count(16) == 8
+    balance.update(16, 8, [-1.0], 1e-3, 1e-3)
+    assert balance.count(16) == 6
+
+
+def test_a_cpu_that_was_left_out_is_tried_again_and_less_and_less_often() -> None:
+    balance, tries = Balance(1 / 16), []
+    for step in range(400):
+        balance.begin_step()
+        count = balance.count(16)
+        if count:
+            tries.append(step)
+            balance.update(16, count, [-0.5], 1e-3, 1e-3)
+    assert 0 < len(tries) < 12
+    gaps = [b - a for a, b in pairwise(tries) if b - a > 1]
+    assert gaps == sorted(gaps) and gaps[0] >= 32
 
 
 def test_an_observation_of_another_count_moves_nothing() -> None:
@@ -67,7 +92,7 @@ def test_races_are_settled_without_waiting() -> None:
         races.add(Race(balance, 16, 8, 1_000_000, At(cpu), At(gpu)))
     races.settle(cpu_rate=1e9)
     assert balance.lead_seconds == pytest.approx(4e-3)
-    assert balance.count(16) == 11
+    assert balance.count(16) == 8
     share = balance.share
     races.settle(cpu_rate=1e9)
     assert balance.share == share
