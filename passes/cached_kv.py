@@ -118,16 +118,19 @@ def _keeps_shape(node: Node) -> bool:
 
 def _through_repeat(node: Node, nodes: set[Node]) -> Node | None:
     """The ``[B, Hkv, S, D]`` input of a ``repeat_kv`` that ends in ``node``."""
+    if operation(node) == "repeat_interleave":
+        given: list[Any] = [*node.args[1:], *node.kwargs.values()]
+        repeated = node.args[0]
+        assert isinstance(repeated, Node)
+        heads_only = len(given) == 2 and isinstance(given[0], int) and given[1] in (1, -3)
+        return repeated if heads_only and node_value(repeated).dim() == 4 else None
     if operation(node) not in ("reshape", "view"):
         return None
     expand = node.args[0]
     if not isinstance(expand, Node) or operation(expand) != "expand":
         return None
     index = expand.args[0]
-    if not isinstance(index, Node) or index.target is not operator.getitem:
-        return None
-    full = slice(None, None, None)
-    if index.args[1] != (full, full, None, full, full):
+    if not isinstance(index, Node) or not _inserts_third_dim(index):
         return None
     source = index.args[0]
     assert isinstance(source, Node)
@@ -138,6 +141,19 @@ def _through_repeat(node: Node, nodes: set[Node]) -> Node | None:
         return None
     nodes.update((expand, index))
     return source
+
+
+def _inserts_third_dim(node: Node) -> bool:
+    """Whether ``node`` is ``x[:, :, None]`` or ``x.unsqueeze(2)``."""
+    if operation(node) == "unsqueeze":
+        return [*node.args[1:], *node.kwargs.values()] in ([2], [-3])
+    full = slice(None, None, None)
+    key = node.args[1] if operation(node) == "getitem" else None
+    return (
+        isinstance(key, tuple)
+        and key[:3] == (full, full, None)
+        and all(k is Ellipsis or k == full for k in key[3:])
+    )
 
 
 def through_transpose(node: object, nodes: set[Node]) -> object:

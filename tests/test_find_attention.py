@@ -94,6 +94,12 @@ def repeated(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, repeat_kv(keys), repeat_kv(values).contiguous(), mask, scale=0.7)
 
 
+def interleaving(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = cache.update(k, v, 0)
+    values = values.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(v.shape[0], HEADS, -1, DIM)
+    return sdpa(q, keys.repeat_interleave(2, dim=1), values, causal_mask(q, keys), scale=0.7)
+
+
 def positional_is_causal(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keys, values = cache.update(k, v, 0)
     if keys.shape[2] == q.shape[2]:
@@ -129,6 +135,7 @@ def flash_program(**changed: Any) -> Program:
     [
         (grouped, DIM**-0.5),
         (repeated, 0.7),
+        (interleaving, 0.7),
         (positional_is_causal, DIM**-0.5),
         (unmasked, DIM**-0.5),
         (flash_program(), 0.4),
@@ -137,7 +144,16 @@ def flash_program(**changed: Any) -> Program:
         (flash_program(softcap=0.5, window_size_left=30, window_size_right=0), 0.4),
     ],
     ids=[
-        *("gqa", "repeat_kv", "is_causal", "unmasked", "flash", "flash_full", "flash_window"),
+        *(
+            "gqa",
+            "repeat_kv",
+            "interleave",
+            "is_causal",
+            "unmasked",
+            "flash",
+            "flash_full",
+            "flash_window",
+        ),
         "flash_cap",
     ],
 )
