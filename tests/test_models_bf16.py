@@ -25,10 +25,13 @@ def check(family: Family, device: str, seed: int, gpu_budget: int) -> HeadInferC
     if missing:
         pytest.skip(missing)
     with clean_dynamo():
-        resident = family.make(seed).to(torch.bfloat16).to(device)
+        resident = family.make(seed)
+        resident.bfloat16()
+        torch.nn.Module.to(resident, device)
         exact = copy.deepcopy(resident).float()
         model = CompiledModel(resident)
-        model.model.to(torch.bfloat16).to(device)
+        model.model.bfloat16()
+        torch.nn.Module.to(model.model, device)
         ids = random_ids(seed, PROMPT + DECODE).to(device)
         cache = model.cache(gpu_budget=gpu_budget)
         logits = []

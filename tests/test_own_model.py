@@ -55,7 +55,8 @@ class Block(nn.Module):
             a = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
         x = x + self.out(a.transpose(1, 2).reshape(batch, new, -1))
         gate, value = self.up(F.layer_norm(x, (WIDTH,))).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * value)
+        result: Tensor = x + self.down(F.silu(gate) * value)
+        return result
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
