@@ -50,7 +50,7 @@ def describe(family: Family, model: CompiledModel) -> dict[str, Any]:
     layers = {site.layer: site for site in sites}.values()
 
     def distinct(text: Callable[[AttentionSite], str], of: Sequence[AttentionSite]) -> str:
-        return ", ".join(dict.fromkeys(text(site) for site in of))
+        return "; ".join(dict.fromkeys(text(site) for site in of))
 
     ordered = sorted(layers, key=lambda site: site.layer)
     config = model.resident.config.get_text_config(decoder=True)
@@ -73,7 +73,9 @@ def _properties(site: AttentionSite) -> str:
         found.append(f"soft cap {site.soft_cap:g}")
     if site.sinks is not None:
         found.append("sinks")
-    if site.num_kv_heads == 1:
+    if site.expand is not None:
+        found.append("K and V expanded per block")
+    elif site.num_kv_heads == 1:
         found.append("one KV head")
     return " + ".join(found) or "plain"
 
@@ -105,7 +107,7 @@ def test_family(family: Family, seed: int, record_property: Callable[[str, objec
 
 @pytest.mark.slow
 def test_flex_attention_is_declined_and_exact(seed: int) -> None:
-    """A higher-order operator with a block mask of its own: no site, materialised, with a reason."""
+    """A higher-order operator with its own block mask: no site, materialised, with a reason."""
     (llama,) = (family for family in FAMILIES if family.name == "Llama 3")
     with clean_dynamo():
         model = CompiledModel(dataclasses.replace(llama, attention="flex_attention").make(seed))
