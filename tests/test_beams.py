@@ -180,7 +180,10 @@ def test_unlike_rows_in_any_order(llama: CompiledModel, seed: int) -> None:
     llama.assert_streamed(cache)
 
 
-@pytest.mark.parametrize("method", ["reorder_cache", "batch_select_indices"])
+@pytest.mark.parametrize(
+    "method",
+    ["batch_select_indices", pytest.param("reorder_cache", marks=pytest.mark.slow)],
+)
 def test_a_change_of_rows_that_is_interrupted(llama: CompiledModel, seed: int, method: str) -> None:
     """Ctrl-C at any line leaves the old rows or, at the next call, the new ones."""
     ids, kept = random_ids(seed, 40, 3), [2, 0, 1] if method == "reorder_cache" else [2, 0]
@@ -198,7 +201,7 @@ def test_a_change_of_rows_that_is_interrupted(llama: CompiledModel, seed: int, m
 
     _, counted, _ = changed(None)
     found = set()
-    for at in range(0, counted.count, max(1, counted.count // 12)):
+    for at in range(0, counted.count, max(1, counted.count // 8)):
         cache, lines, interrupted = changed(at)
         assert interrupted
         new = random_ids(seed + 1, 1, cache.batch_size)
@@ -321,7 +324,7 @@ def test_rows_in_any_order_of_the_streams(llama: CompiledModel, seed: int) -> No
     sizes = {"tail_tokens": 3, "page_tokens": 8}
     with llama.cache(**sizes) as cache:
         wanted = turns(llama, cache, seed)
-    for order in range(4):
+    for order in range(2):
         with llama.cache(**sizes) as cache:
             with simulated(cache, seed=order, synchronize=bool(order % 2)) as simulation:
                 found = turns(llama, cache, seed)
@@ -334,7 +337,7 @@ def test_beams_compile_nothing_new(llama: CompiledModel, seed: int) -> None:
     """The graphs of a batch serve any number of beams."""
     check_beams(llama, seed, llama.cache(), 2, tokens=70)
     compiled = dynamo_graphs()
-    for num_beams, tokens in ((3, 81), (5, 70), (4, 95)):
+    for num_beams, tokens in ((3, 81), (5, 70)):
         check_beams(llama, seed, llama.cache(), num_beams, tokens=tokens)
         assert dynamo_graphs() == compiled
 

@@ -152,7 +152,14 @@ def test_a_streamer(llama: CompiledModel, seed: int) -> None:
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize("when", ["first token", "later token", "stopping criterion"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "later token",
+        pytest.param("first token", marks=pytest.mark.slow),
+        pytest.param("stopping criterion", marks=pytest.mark.slow),
+    ],
+)
 def test_a_turn_after_an_interrupted_one(llama: CompiledModel, seed: int, when: str) -> None:
     """Ctrl-C between two forwards: the cache holds what was read, and the conversation goes on."""
     ids, oracle = llama.prompt(seed, 60, NEW)
@@ -211,6 +218,7 @@ def test_pipeline(checkpoint: tuple[Any, Any, CompiledModel]) -> None:
     m.assert_streamed(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.oldest
 def test_stop_strings(checkpoint: tuple[Any, Any, CompiledModel]) -> None:
     tokenizer, resident, m = checkpoint
@@ -272,6 +280,7 @@ def test_a_draft_model_that_is_wrong(llama: CompiledModel, seed: int, tail_token
     assert_same(generate(llama.model, ids, cache, NEW), oracle)
 
 
+@pytest.mark.slow
 def test_sampling_with_a_draft_model(llama: CompiledModel, seed: int) -> None:
     ids = random_ids(seed, 60)
     runs = []
@@ -296,7 +305,7 @@ def test_prompt_lookup(llama: CompiledModel, seed: int) -> None:
     llama.assert_streamed(cache)
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 64])
+@pytest.mark.parametrize("tokens", [1, 9, pytest.param(64, marks=pytest.mark.slow)])
 def test_k_query_tokens_stream_the_cache_once(llama: CompiledModel, seed: int, tokens: int) -> None:
     llama.use(disable_passes=("hoist_prefetch",))
     ids = random_ids(seed, 160 + tokens)
