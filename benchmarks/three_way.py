@@ -3,7 +3,7 @@
 One cache, one compiled model: only ``cpu_attention`` changes between the settings, which take turns
 in each round, on the same filled pages. ``off`` is the link alone. Steps of several query tokens
 are those of prompt lookup or drafts. ``logits`` compares a step of one token at the same place: its
-difference from the link alone, relative to the largest logit, and whether it is repeatable.
+difference from the link alone, by norms as in ``logits``, and whether it is repeatable.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def _compare(model: Model, cache: HeadInferCache, settings: Sequence[str]) -> di
     found: dict[str, Row] = {}
     for setting in settings:
         one, two = (_logits(model, cache, setting) for _ in range(2))
-        difference = float((one - base).abs().max() / base.abs().max())
-        found[setting] = {"difference": difference, "repeatable": torch.equal(one, two)}
+        difference = float((one - base).norm() / base.norm())
+        found[setting] = {"norm_difference": difference, "repeatable": torch.equal(one, two)}
         say("%s: logits %s", setting, found[setting])
     return found
 

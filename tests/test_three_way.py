@@ -336,7 +336,7 @@ def test_the_benchmark_compares_shares_and_its_figures_are_judged(tmp_path: Path
     for queries in (1, 4):
         row, link = rows["0.5", queries], rows["off", queries]
         assert row["cpu_bytes"] + row["h2d_bytes"] == pytest.approx(link["h2d_bytes"], rel=0.02)
-        assert row["logits"]["repeatable"] and row["logits"]["difference"] < 1e-5
+        assert row["logits"]["repeatable"] and row["logits"]["norm_difference"] < 1e-5
     bars = judge.main(["--results", str(tmp_path), "--out", str(tmp_path / "bars.json")])
     found = {bar["id"]: bar for bar in bars}
     assert found["G6b"]["measured"] == 1.0
