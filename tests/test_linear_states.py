@@ -33,9 +33,9 @@ def states(cache: HeadInferCache) -> list[float]:
     """One number a state."""
     return [
         float(state.mean())
-        for layer in (0, 2)
-        for state in (cache.get_conv_state(layer), cache.get_recurrent_state(layer))
-        if state is not None
+        for layer in (cache.layers[0], cache.layers[2])
+        for state in (layer.conv_states[0], layer.recurrent_states[0])
+        if layer.has_previous_state[0]
     ]
 
 
@@ -83,8 +83,7 @@ def test_rows_follow_the_beams() -> None:
     cache = hybrid_cache()
     cache.update_conv_state(torch.arange(2.0).view(2, 1, 1).expand(2, 6, 4).clone(), 0)
     cache.linear.reorder(torch.tensor([1, 1]))
-    state = cache.get_conv_state(0)
-    assert state is not None and float(state.min()) == 1.0
+    assert float(cache.layers[0].conv_states[0].min()) == 1.0
     assert isinstance(cache.linear, LinearStates)
 
 
