@@ -67,6 +67,8 @@ def draft(field: str) -> Callable[[Results], Figure]:
 
     def measure(results: Results) -> Figure:
         four, one = (_row(results, 128 * K, "auto", queries) for queries in (4, 1))
+        if not one["cpu_bytes"]:
+            raise Missing("auto had left the CPU out: this would be the link alone")
         if field == "bytes":
             moved = [row["h2d_bytes"] + row["cpu_bytes"] for row in (four, one)]
             return Figure(moved[0] / moved[1], four, f"{moved[0]:,} against {moved[1]:,}")
