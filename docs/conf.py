@@ -20,8 +20,6 @@ release = version = metadata.version("headinfer-compile")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "code_reference"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "_ext"]
-# Pages that a pattern finds may be named as well.
-suppress_warnings = ["toc.duplicate_entry"]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
