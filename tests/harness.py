@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,6 +27,7 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
 )
+from transformers.masking_utils import sdpa_mask
 
 from headinfer_compile import CacheStats, HeadInferCache, HeadInferConfig, headinfer
 from headinfer_compile.executor import CompiledGraph
@@ -78,6 +81,31 @@ def tiny_mistral(seed: int, window: int, layers: int = 2) -> MistralForCausalLM:
     )
     model: MistralForCausalLM = MistralForCausalLM(config).eval()
     return model
+
+
+def _attend_by_hand(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Exact attention in words that no pass knows: a softmax written out."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * scaling).double()
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    elif query.shape[2] > 1:
+        seen = torch.ones(*scores.shape[2:], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    weights = (weights / weights.sum(dim=-1, keepdim=True)).to(query.dtype)
+    return (weights @ value).transpose(1, 2), None
+
+
+def register_unknown_attention() -> str:
+    """Register an attention that the passes decline; returns its ``attn_implementation``."""
+    AttentionInterface.register("by_hand", _attend_by_hand)
+    AttentionMaskInterface.register("by_hand", sdpa_mask)
+    return "by_hand"
 
 
 def random_ids(seed: int, tokens: int, batch: int = 1) -> Tensor:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from harness import (
     MAX_LOGIT_DIFFERENCE,
@@ -20,6 +18,7 @@ from harness import (
     dynamo_graphs,
     generate,
     random_ids,
+    register_unknown_attention,
     tiny_llama,
 )
 from headinfer_compile import headinfer
@@ -123,32 +122,13 @@ def test_a_model_without_our_cache(seed: int, caplog: pytest.LogCaptureFixture) 
     assert "past_key_values=HeadInferCache(model.config)" in messages[0]
 
 
-def attend_by_hand(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Exact attention in words that no pass knows: a softmax written out."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3) * scaling).double()
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
-    elif query.shape[2] > 1:
-        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-        scores = scores.masked_fill(~seen, float("-inf"))
-    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
-    weights = (weights / weights.sum(dim=-1, keepdim=True)).to(query.dtype)
-    return (weights @ value).transpose(1, 2), None
-
-
 def test_an_attention_that_is_not_known(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     """Declined at its line and exact, or an error if strict."""
-    AttentionInterface.register("by_hand", attend_by_hand)
-    AttentionMaskInterface.register("by_hand", sdpa_mask)
+    unknown = register_unknown_attention()
     m = CompiledModel(tiny_llama(seed))
     ids, oracle = m.prompt(seed, 40, NEW)
     cache = m.cache()
-    model = compiled(m, "by_hand", options={"lowering": "eager"})
+    model = compiled(m, unknown, options={"lowering": "eager"})
     with caplog.at_level(logging.WARNING):
         assert_same(generate(model, ids, cache, NEW), oracle)
     stats = cache.stats()
@@ -156,11 +136,11 @@ def test_an_attention_that_is_not_known(seed: int, caplog: pytest.LogCaptureFixt
     assert stats.sites_rewritten == stats.eager_updates == 0
     declined = [r.message for r in caplog.records if "is left alone" in r.message]
     assert declined
-    assert all("test_backend_options.py" in message for message in declined), declined
+    assert all("harness.py" in message for message in declined), declined
 
     cache = m.cache()
-    strict = compiled(m, "by_hand", options={"lowering": "eager", "strict": True})
-    with pytest.raises(DeclinedError, match=r"test_backend_options\.py:\d+"):
+    strict = compiled(m, unknown, options={"lowering": "eager", "strict": True})
+    with pytest.raises(DeclinedError, match=r"harness\.py:\d+"):
         generate(strict, ids, cache, NEW)
     assert_same(generate(m.model, ids, cache, NEW), oracle)
     m.assert_streamed(cache)
