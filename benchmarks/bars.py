@@ -8,6 +8,7 @@ where there is no figure, ``holds`` is null and the note says what was not run.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -150,9 +151,15 @@ def main(argv: list[str] | None = None) -> list[Row]:
     cli.add_argument("--results", type=Path, default=RESULTS)
     cli.add_argument("--out", type=Path, default=RESULTS / "bars.json")
     cli.add_argument("--device", help="part of the name of the device whose figures are judged")
-    cli.add_argument("--notes", type=Path, help="JSON of id to text, added to the notes")
+    cli.add_argument(
+        "--causes", type=Path, help="JSON of bar to text for its note; RESULTS/causes.json if there"
+    )
     args = cli.parse_args(argv)
     results = read_results(args.results, args.device)
+    path = args.causes or args.results / "causes.json"
+    causes = json.loads(path.read_text(encoding="utf-8")) if args.causes or path.exists() else {}
+    if unknown := causes.keys() - {bar.id for bar in BARS}:
+        raise SystemExit(f"{path}: no bar is called {', '.join(sorted(unknown))}")
     known = {row["id"]: row for row in read_rows(args.out)}
     rows = []
     for bar in BARS:
@@ -160,6 +167,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
         # A figure of an earlier run stays when this run has none.
         if row["measured"] is None and known.get(bar.id, {}).get("measured") is not None:
             row = known[bar.id]
+        if bar.id in causes:
+            row = row | {"note": f"{row['note']}. {causes[bar.id]}"}
         rows.append(row)
         say(
             "%-4s %-8s %s %s %s  %s",

@@ -216,8 +216,14 @@ def test_bars_hold_on_their_device_only(tmp_path: Path, device: str, holds: bool
 
 def test_a_missed_bar_does_not_hold(tmp_path: Path) -> None:
     write_rows(tmp_path / "decode.json", [_decode_row("headinfer:0", 300.0, "H100", of_link=0.9)])
-    made = bars.main(["--results", str(tmp_path), "--out", str(tmp_path / "bars.json")])
-    assert next(row for row in made if row["id"] == "B2a")["holds"] is False
+    causes = tmp_path / "causes.json"
+    causes.write_text('{"B2a": "a slow link"}')
+    command = ["--results", str(tmp_path), "--out", str(tmp_path / "bars.json")]
+    row = next(row for row in bars.main(command) if row["id"] == "B2a")
+    assert row["holds"] is False and row["note"].endswith(". a slow link")
+    causes.write_text('{"B77": "a slow link"}')
+    with pytest.raises(SystemExit, match="no bar is called B77"):
+        bars.main(command)
 
 
 def test_pictures(tmp_path: Path) -> None:
