@@ -133,7 +133,7 @@ def fail_at(
         assert failure in causes, where
         if found.value is not failure:
             assert isinstance(found.value, DoesNotFitError), where
-            assert "lower" in str(found.value), where
+            assert "lower" in str(found.value).lower(), where
         Ops(cache, None, lambda: failure)
         check_goes_on(model, case, cache, wanted, where)
 
