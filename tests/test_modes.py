@@ -142,10 +142,11 @@ def test_autocast(llama: CompiledModel, seed: int) -> None:
         with sdpa_kernel(SDPBackend.MATH):
             math = llama.forward(ids, llama.resident_cache(), 40)
     plain = llama.forward(ids, llama.resident_cache(), 40)
-    spread = float((flash - math).abs().max())
-    assert 0 < spread < float((flash - plain).abs().max()) * 3
-    difference = min(float((got - want).abs().max()) for want in (flash, math))
-    assert difference <= 1.5 * spread, f"we differ by {difference}, resident kernels by {spread}"
+    # By the norm: the largest of thousands of differences of two bf16 runs is a matter of luck.
+    spread = float((flash - math).norm())
+    assert 0 < spread < float((flash - plain).norm()) * 3
+    difference = min(float((got - want).norm()) for want in (flash, math))
+    assert difference <= 1.1 * spread, f"we differ by {difference}, resident kernels by {spread}"
     llama.assert_streamed(cache)
 
 

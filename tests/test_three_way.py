@@ -106,9 +106,9 @@ def test_a_batch_in_half_precision_is_as_near_as_without_the_cpu(dtype: torch.dt
             with model.cache() as cache:
                 parts = [model.forward(ids[:, :52], cache, 26)]
                 parts.append(model.forward(ids[:, 52:], cache, 1))
-                spread.append(float((torch.cat(parts, 1).float() - exact).abs().max()))
+                spread.append(float((torch.cat(parts, 1).float() - exact).norm()))
                 assert (cache.stats().cpu_bytes > 0) is (share != "off")
-    assert spread[1] <= 2 * spread[0] + 1e-3
+    assert 0 < spread[1] <= 1.5 * spread[0], spread
 
 
 def test_a_fixed_share_is_bitwise_repeatable_and_right(model: CompiledModel) -> None:
