@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from headinfer_compile.activations import activation_model
 from headinfer_compile.config import HeadInferConfig
-from headinfer_compile.errors import DeclinedError, HeadInferError, OptionError
+from headinfer_compile.errors import HeadInferError, OptionError
 from headinfer_compile.executor import CompiledGraph, GraphReport
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
 from headinfer_compile.passes.graph_utils import node_value, writes_inputs
@@ -99,12 +99,12 @@ def headinfer(
 
     Returns:
         A callable over the graph's flat inputs. It raises, so that the caller meets the error as it
-        is and not wrapped by Dynamo, ``OptionError`` where an option or mode is invalid, and
-        ``DeclinedError`` where an attention is not supported and ``strict=True``.
+        is and not wrapped by Dynamo, ``OptionError`` where an option or mode is invalid, and what
+        ``compile_graph`` raises.
     """
     try:
         return compile_graph(gm, example_inputs, _config(options, mode))
-    except (OptionError, DeclinedError) as error:
+    except HeadInferError as error:
         return _refuse(error)
 
 
@@ -127,6 +127,8 @@ def compile_graph(
 
     Raises:
         DeclinedError: An attention is not supported and ``config.strict`` is set.
+        HeadInferError: Gradients are enabled, the weights are on several devices, or the graph
+            uses two caches.
     """
     updates = _updates(gm)
     if not updates:
@@ -142,7 +144,7 @@ def compile_graph(
             "this call has gradients enabled, and HeadInferCache is for inference only: call the "
             "model under torch.no_grad() or torch.inference_mode(), or use generate()"
         )
-        return _refuse(HeadInferError(message))
+        raise HeadInferError(message)
     devices = {str(v.device) for v in example_inputs if isinstance(v, torch.nn.Parameter)}
     if len(devices) > 1:
         message = (
@@ -150,10 +152,10 @@ def compile_graph(
             "(a split device_map) can be planned (headinfer plan --gpus) and not yet run; load the "
             "model on one device"
         )
-        return _refuse(HeadInferError(message))
+        raise HeadInferError(message)
     if len({update.args[0] for update in updates}) > 1:
         message = "one call uses two HeadInferCaches: a graph serves one cache at a time"
-        return _refuse(HeadInferError(message))
+        raise HeadInferError(message)
     return _compile(gm, example_inputs, config, updates, graph_type, keep_text)
 
 

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from headinfer_compile import HeadInferCache, explain, headinfer, plan
-from headinfer_compile.backend import compile_graph
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import DoesNotFitError, HeadInferError
 from headinfer_compile.machine import Machine, Rates
@@ -156,7 +155,7 @@ def test_a_split_model_is_refused(model: PreTrainedModel) -> None:
         split = list(example_inputs)
         last = max(i for i, value in enumerate(split) if isinstance(value, torch.nn.Parameter))
         split[last] = torch.nn.Parameter(split[last].to("meta"), requires_grad=False)
-        return compile_graph(gm, split, HeadInferConfig(lowering="eager"))
+        return headinfer(gm, split, options={"lowering": "eager"})
 
     model.compile(backend=backend)
     network: Any = model
