@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         # A figure of an earlier run stays when this run has none.
         if row["measured"] is None and known.get(bar.id, {}).get("measured") is not None:
             row = known[bar.id]
-        if bar.id in causes:
+        if bar.id in causes and not row["note"].endswith(causes[bar.id]):
             row = row | {"note": f"{row['note']}. {causes[bar.id]}"}
         rows.append(row)
         say(

@@ -88,11 +88,12 @@ def launch_row(nbytes: int, step_bytes: int, setup: Setup) -> Row:
 def _gaps(device: torch.device, seconds: float, thread: threading.Thread | None) -> list[float]:
     """Milliseconds between launches, for ``seconds`` or as long as ``thread`` runs."""
     x = torch.zeros(64, device=device)
-    gaps = []
+    gaps: list[float] = []
     if thread is not None:
         thread.start()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or (thread is not None and thread.is_alive()):
+    # At least once: a thread with little to do may be over by now.
+    while not gaps or time.perf_counter() < end or (thread is not None and thread.is_alive()):
         before = time.perf_counter()
         for _ in range(100):
             x.add_(1)
