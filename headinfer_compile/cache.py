@@ -19,6 +19,7 @@ from headinfer_compile.cache_arguments import (
 )
 from headinfer_compile.cache_protocol import CacheProtocol
 from headinfer_compile.errors import CacheError, ClosedError
+from headinfer_compile.flex_masks import register_block_masks
 from headinfer_compile.linear_states import LinearStates, linear_layers
 from headinfer_compile.passes.schedule import Schedule
 from headinfer_compile.runtime.session import Session
@@ -276,3 +277,7 @@ class HeadInferCache(CacheProtocol):
     def stats(self) -> CacheStats:
         """Where the bytes are and what has moved since the cache was made or reset."""
         return collect_stats(self.session)
+
+
+# Before the first call is traced, as the backend's settings.
+restore_block_masks = register_block_masks()

@@ -8,7 +8,9 @@ Given::
     o = scaled_dot_product_attention(q, K, V, attn_mask=m)  # q: "bf16[B, Hq, n, D]"
 
 or the same written out: ``softmax(soft_cap(scale * q @ K^T) + m) @ V`` with or without sinks
-(``eager_attention.py``), or an operator of the flash packages (``attention_calls.py``).
+(``eager_attention.py``), an operator of the flash packages (``attention_calls.py``) or the
+higher-order operator ``flex_attention`` with its functions of score and mask
+(``flex_attention.py``).
 
 Result::
 
@@ -26,6 +28,7 @@ symbolic, or something stands between the scores and the softmax that is none of
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch.fx import GraphModule, Node
@@ -40,6 +43,7 @@ from headinfer_compile.passes.cached_kv import (
 )
 from headinfer_compile.passes.context import META, AttentionSite, PassContext, source_line
 from headinfer_compile.passes.eager_attention import is_product, read_eager
+from headinfer_compile.passes.flex_attention import is_flex, read_flex
 from headinfer_compile.passes.graph_utils import has_effect, node_value
 
 
@@ -48,7 +52,7 @@ def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
     # Dynamo leaves views behind that only a size was read of; they would count as readers.
     gm.graph.eliminate_dead_code(has_effect)
     for node in list(gm.graph.nodes):
-        read = reader(node) or (read_eager if is_product(node) else None)
+        read = _reader(node)
         if read is None or not any(map(reads_update, node.all_input_nodes)):
             continue
         try:
@@ -59,6 +63,12 @@ def run(gm: GraphModule, ctx: PassContext) -> GraphModule:
             ctx.decline(node, str(reason))
     _decline_other_readers(gm, ctx)
     return gm
+
+
+def _reader(node: Node) -> Callable[[Node], Attention | None] | None:
+    if is_flex(node):
+        return read_flex
+    return reader(node) or (read_eager if is_product(node) else None)
 
 
 def _rewrite(gm: GraphModule, ctx: PassContext, found: Attention) -> None:

@@ -7,6 +7,7 @@ import operator
 from typing import Any
 
 import torch
+import torch._functorch.predispatch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -17,7 +18,7 @@ _AUGMENTED = (
     "xor",
 )
 _IN_PLACE = (operator.setitem, *(getattr(operator, f"i{name}") for name in _AUGMENTED))
-_NAMESPACES = (operator, torch, torch.nn.functional)
+_NAMESPACES = (operator, torch, torch.nn.functional, torch._functorch.predispatch)
 
 
 def calls(node: Node, op: OpOverload) -> bool:
@@ -93,11 +94,17 @@ def written(node: Node) -> list[Argument]:
     return found
 
 
+def in_vmap_machinery(node: Node) -> bool:
+    """Whether ``node`` belongs to the trace of a ``torch.vmap`` itself.
+
+    Those that enter and leave one have no result at all.
+    """
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
+
+
 def has_effect(node: Node) -> bool:
     """Whether ``node`` must stay although nothing uses its result."""
-    # Of a traced vmap the nodes that enter and leave it have no result at all.
-    in_vmap = getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
-    return node.is_impure() or in_vmap or bool(written(node))
+    return node.is_impure() or in_vmap_machinery(node) or bool(written(node))
 
 
 def writes_inputs(gm: GraphModule) -> bool:

@@ -68,6 +68,10 @@ _FILLS = {"ones": 1, "zeros": 0, "ones_like": 1, "zeros_like": 0, "new_ones": 1,
 _FULLS = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0}
 _EXACT_INTEGERS = (torch.int64, torch.int32)
 
+#: Operations of which one element reads the elements at the same index, and those that read none.
+ELEMENTWISE = (*(*_BINARY, *_LOGICAL, *_INVERT, *_UNARY, *_SAME, "where", "masked_fill"),)
+FILLS = (*_FILLS, *_FULLS)
+
 
 def symbolic(size: int | torch.SymInt) -> sympy.Expr:
     """A size or scalar as sympy sees it."""

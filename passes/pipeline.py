@@ -20,6 +20,7 @@ from torch.fx.node import has_side_effect
 from headinfer_compile.errors import OptionError
 from headinfer_compile.passes import (
     chunk_sequence,
+    drop_vmap,
     find_attention,
     hoist_prefetch,
     insert_transfers,
@@ -62,6 +63,7 @@ class PassReport:
 GRAPH_PASSES = (
     (find_attention, "first: everything else works on sites"),
     (recover_mask, "before partition, or the first region would still compute the masks"),
+    (drop_vmap, "after recover_mask, which reads through a vmap"),
     (partition, "last on this level: regions are what is left between the sites"),
 )
 

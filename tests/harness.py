@@ -6,6 +6,7 @@ only prompts on which it never has to choose between two almost equal logits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,14 +149,19 @@ class CompiledModel:
     """An oracle and its compiled twin.
 
     ``graphs`` holds what the backend made of each Dynamo graph. ``use`` changes the backend options
-    of graphs made already too, so that many options are tried on one compilation.
+    of graphs made already too, so that many options are tried on one compilation. ``attention`` is
+    the twin's ``attn_implementation`` where it is not the oracle's.
     """
 
-    def __init__(self, resident: PreTrainedModel, **options: Any) -> None:
+    def __init__(
+        self, resident: PreTrainedModel, attention: str | None = None, **options: Any
+    ) -> None:
         self.resident = resident
         self.options: dict[str, Any] = {"lowering": "eager", **options}
         self.graphs: list[CompiledGraph] = []
-        self.model = type(resident)(resident.config).eval()
+        self.model = type(resident)(copy.deepcopy(resident.config)).eval()
+        if attention is not None:
+            self.model.set_attn_implementation(attention)
         self.model.load_state_dict(resident.state_dict())
         self.model.compile(backend=self._backend)
 

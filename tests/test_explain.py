@@ -28,7 +28,7 @@ from headinfer_compile.runtime.slots import SlotRing
 from headinfer_compile.site_ops import SiteOp
 
 SIZES = {"page_tokens": 16, "tail_tokens": 8}
-PASSES = ["find_attention", "recover_mask", "partition"]
+PASSES = ["find_attention", "recover_mask", "drop_vmap", "partition"]
 
 
 @pytest.fixture(autouse=True, scope="module")

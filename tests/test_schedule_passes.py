@@ -46,6 +46,7 @@ def test_the_pipeline_has_its_passes_in_order_with_reasons() -> None:
     assert PIPELINE == (
         "find_attention",
         "recover_mask",
+        "drop_vmap",
         "partition",
         "place",
         "split_heads",
