@@ -45,7 +45,8 @@ test-gpu: $(STAMPS)/test
 	$(PY) -m pytest -m "gpu and not slow"
 
 test-slow: $(STAMPS)/test
-	$(PY) -m pytest -m slow --report benchmarks/results/test_slow.json
+	$(PARALLEL) $(PY) -m pytest -n 2 --dist worksteal -m slow \
+		--report benchmarks/results/test_slow.json
 
 test-oldest: $(STAMPS)/oldest
 	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(PARALLEL) $(PY) -m pytest $(WORKERS) -m "oldest and not slow"

@@ -74,6 +74,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return  # the controller of pytest-xdist hears of every test
     path = config.getoption("--report")
     command = shlex.join(["pytest", *config.invocation_params.args])
     if path:
