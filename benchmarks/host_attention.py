@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
             row |= {
                 "id": f"host_attention/{setup.tag}/t{threads}/{text}", "case": "host_attention",
                 "threads": threads, "cores": cores, "queries_per_kv": group, "queries": queries,
-                "level": LEVELS[kernel.best_level if level < 0 else level], "flags": args.flags,
+                "level": LEVELS[kernel.usual_level if level < 0 else level], "flags": args.flags,
                 "page_tokens": args.page_tokens,
                 "layer_bytes": pages.page_bytes * args.layer_pages,
             } | provenance(setup.device, args.note)  # fmt: skip

@@ -115,11 +115,11 @@ std::vector<Piece> cut(const Job& job, int64_t heads, int64_t rows, int64_t out_
 void prepare(Work& work) {
   const Job& job = *work.job;
   const Numbers& n = job.n;
-  work.level = n.level < 0 ? best_level() : static_cast<Level>(n.level);
+  work.level = n.level < 0 ? usual_level() : static_cast<Level>(n.level);
   work.heads = n.batch * n.kv_heads;
   work.rows = n.group * n.queries;
   work.q_stride = round_up(n.head_dim, 32);
-  work.out_stride = round_up(n.v_head_dim, 16);
+  work.out_stride = round_up(n.v_head_dim, 32);
   work.pieces = cut(job, work.heads, work.rows, work.out_stride);
   const int64_t results = work.heads * static_cast<int64_t>(work.pieces.size()) * work.rows;
   const int64_t queries = work.heads * work.rows * work.q_stride;
@@ -141,7 +141,7 @@ void prepare(Work& work) {
         work.q[to] = reinterpret_cast<const float*>(n.q)[from];
       } else if (n.dtype == kBFloat16) {
         const bf16 value = reinterpret_cast<const bf16*>(n.q)[from];
-        work.q[to] = portable::widen(value);
+        work.q[row * work.q_stride + place(work.level, d, n.head_dim)] = portable::widen(value);
         work.q_pairs[to] = value.bits;
       } else {
         work.q[to] = portable::widen(reinterpret_cast<const fp16*>(n.q)[from]);
@@ -161,20 +161,26 @@ void join(const Work& work, int64_t head) {
     for (int64_t i = 0; i < pieces; ++i) {
       top = std::max(top, work.tops[(head * pieces + i) * work.rows + r]);
     }
-    std::fill(out, out + n.v_head_dim, 0.0f);
     if (top == -INFINITY) {
+      std::fill(out, out + n.v_head_dim, 0.0f);
       *lse = -INFINITY;
       continue;
     }
+    float* sums = work.out + (head * pieces * work.rows + r) * work.out_stride;
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t at = (head * pieces + i) * work.rows + r;
       const float weight = std::exp(work.tops[at] - top);
       total += weight * work.totals[at];
       const float* part = work.out + at * work.out_stride;
-      for (int64_t d = 0; d < n.v_head_dim; ++d) out[d] += weight * part[d];
+      for (int64_t d = 0; d < work.out_stride; ++d) {
+        sums[d] = i == 0 ? weight * part[d] : sums[d] + weight * part[d];
+      }
     }
     const float share = 1.0f / total;
-    for (int64_t d = 0; d < n.v_head_dim; ++d) out[d] *= share;
+    for (int64_t d = 0; d < n.v_head_dim; ++d) {
+      const bool split = n.dtype == kBFloat16;
+      out[d] = sums[split ? place(work.level, d, n.v_head_dim) : d] * share;
+    }
     *lse = top + std::log(total);
   }
 }
@@ -258,6 +264,9 @@ using host_attention::Job;
 
 // The highest level that this machine runs.
 int64_t host_attention_level() { return host_attention::best_level(); }
+
+// The level of jobs that name none.
+int64_t host_attention_usual_level() { return host_attention::usual_level(); }
 
 void* host_attention_pool(int64_t threads) {
   return new host_attention::Pool(static_cast<int>(threads));

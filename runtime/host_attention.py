@@ -93,11 +93,12 @@ class HostKernel:
     lib: ctypes.CDLL
     threads: int
     level: int = -1
-    """Index into ``LEVELS``; -1: the best of this machine."""
+    """Index into ``LEVELS``; -1: ``usual_level``."""
 
     def __post_init__(self) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self.lib.host_attention_level.restype = number
+        self.lib.host_attention_usual_level.restype = number
         self.lib.host_attention_pool.argtypes = [number]
         self.lib.host_attention_pool.restype = pointer
         self.lib.host_attention_close.argtypes = [pointer]
@@ -115,6 +116,11 @@ class HostKernel:
     def best_level(self) -> int:
         """The highest of ``LEVELS`` that this machine runs."""
         return int(self.lib.host_attention_level())
+
+    @property
+    def usual_level(self) -> int:
+        """The fastest of ``LEVELS`` here: products of bf16 pairs do not pay on every machine."""
+        return int(self.lib.host_attention_usual_level())
 
     def job(
         self, shape: JobShape, report: HostReport, q: int, out: int, lse: int,

@@ -1,7 +1,7 @@
 // The attention kernel over one run of KV rows, written once over the vector type of its namespace.
 //
-// Included once per instruction set, inside a namespace that has defined HA_FN, kLanes, F and the
-// primitives below, and HA_DOT for a product of bf16 pairs where there is one. No include guard.
+// Included once per instruction set, inside a namespace that has defined HA_FN, kLanes, F and its
+// primitives, and HA_DOT with Pairs for products of bf16 pairs where there are. No include guard.
 //
 // Tile by tile: scores of up to four query rows, online softmax, weighted sum of V. A tile's K
 // and V stay in the first-level cache while all query rows pass over them; what comes next is
@@ -27,180 +27,168 @@ HA_FN F exp_nonpositive(F x) {
   return zero_where_less(x, set1(-87.3f), scale_by_power_of_two(p, n));
 }
 
+// Two vectors of K or V in fp32. Whole pairs of bf16 are split into their even and odd elements,
+// which takes half the instructions; q and out lie in that order too (`place`).
+struct Two {
+  F a, b;
+};
+constexpr int kPair = 2 * kLanes;
+
+template <class T>
+HA_FN Two load_pair(const T* p) {
+  Two out;
+  if constexpr (std::is_same<T, bf16>::value) {
+    split(p, &out.a, &out.b);
+  } else {
+    out = {load(p), load(p + kLanes)};
+  }
+  return out;
+}
+
+template <class T>
+HA_FN Two load_part(const T* p, int count) {
+  if (count <= kLanes) return {load_first(p, count), zero()};
+  return {load_first(p, kLanes), load_first(p + kLanes, count - kLanes)};
+}
+
+// How the products of queries and keys are made: in fp32,
+template <class T>
+struct Widened {
+  using Key = T;
+  using Query = float;
+  using Operand = Two;
+  HA_FN Two query(const float* p) { return {load(p), load(p + kLanes)}; }
+  HA_FN Two whole(const T* p) { return load_pair(p); }
+  HA_FN Two part(const T* p, int count) { return load_part(p, count); }
+  HA_FN F accumulate(F acc, Two q, Two k) { return fma(q.b, k.b, fma(q.a, k.a, acc)); }
+  static const float* queries(const Run& run) { return run.q; }
+};
+
+#ifdef HA_DOT
+// or of pairs of bf16 at a time.
+struct Paired {
+  using Key = bf16;
+  using Query = bf16;
+  using Operand = Pairs;
+  HA_FN Pairs query(const bf16* p) { return load_pairs(p); }
+  HA_FN Pairs whole(const bf16* p) { return load_pairs(p); }
+  HA_FN Pairs part(const bf16* p, int count) { return load_pairs_first(p, count); }
+  HA_FN F accumulate(F acc, Pairs q, Pairs k) { return dot_pairs(acc, q, k); }
+  static const bf16* queries(const Run& run) { return static_cast<const bf16*>(run.q_pairs); }
+};
+template <class T>
+using Products = std::conditional_t<std::is_same<T, bf16>::value, Paired, Widened<T>>;
+#else
+template <class T>
+using Products = Widened<T>;
+#endif
+
+// Prefetches what lies ahead of elements [d, d + kPair) of a row, each line once.
+template <bool Ahead, class T>
+HA_FN void prefetch_pair(const T* row, int64_t d) {
+  constexpr int kBytes = kPair * sizeof(T);
+  if (!Ahead || (kBytes < 64 && d * sizeof(T) % 64 != 0)) return;
+  HA_UNROLL
+  for (int byte = 0; byte < kBytes; byte += 64) {
+    prefetch(reinterpret_cast<const char*>(row + d) + byte + kPrefetchBytes);
+  }
+}
+
 // Scores of RB query rows with keys [0, rows) into s[r * kTile + j]. Key rows lie `dim` apart.
-template <class T, int RB, bool Ahead>
-HA_FN void score(const float* q, int64_t q_stride, const T* k, int64_t dim, int rows, float* s) {
+template <class P, int RB, bool Ahead>
+HA_FN void score(
+    const typename P::Query* q, int64_t q_stride, const typename P::Key* k, int64_t dim, int rows,
+    float* s) {
   constexpr int JB = kLanes / RB;
-  int j = 0;
-  while (rows >= JB && j < rows) {
-    // The last keys of a ragged tile are done with some that have been done before.
-    const int at = j + JB <= rows ? j : rows - JB;
-    const T* base = k + at * dim;
+  for (int j = 0; j < rows; j += JB) {
+    // At a ragged end the last key is done again and again; its copies are not looked at.
+    const typename P::Key* keys[JB];
+    HA_UNROLL
+    for (int jj = 0; jj < JB; ++jj) keys[jj] = k + (j + jj < rows ? j + jj : rows - 1) * dim;
     F acc[kLanes];
     HA_UNROLL
     for (int i = 0; i < kLanes; ++i) acc[i] = zero();
     int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) {
-      F rows_of_q[RB];
+    for (; d + kPair <= dim; d += kPair) {
+      typename P::Operand queries[RB];
       HA_UNROLL
-      for (int r = 0; r < RB; ++r) rows_of_q[r] = load(q + r * q_stride + d);
+      for (int r = 0; r < RB; ++r) queries[r] = P::query(q + r * q_stride + d);
       HA_UNROLL
       for (int jj = 0; jj < JB; ++jj) {
-        const T* at_k = base + jj * dim + d;
-        if (Ahead && d * sizeof(T) % 64 == 0) {
-          prefetch(reinterpret_cast<const char*>(at_k) + kPrefetchBytes);
-        }
-        const F keys = load(at_k);
+        prefetch_pair<Ahead>(keys[jj], d);
+        const typename P::Operand key = P::whole(keys[jj] + d);
         HA_UNROLL
         for (int r = 0; r < RB; ++r) {
-          acc[r * JB + jj] = fma(rows_of_q[r], keys, acc[r * JB + jj]);
+          acc[r * JB + jj] = P::accumulate(acc[r * JB + jj], queries[r], key);
         }
       }
     }
     if (d < dim) {
       HA_UNROLL
       for (int jj = 0; jj < JB; ++jj) {
-        const F keys = load_first(base + jj * dim + d, static_cast<int>(dim - d));
+        const typename P::Operand key = P::part(keys[jj] + d, static_cast<int>(dim - d));
         HA_UNROLL
         for (int r = 0; r < RB; ++r) {
-          acc[r * JB + jj] = fma(load(q + r * q_stride + d), keys, acc[r * JB + jj]);
+          const typename P::Operand query = P::query(q + r * q_stride + d);
+          acc[r * JB + jj] = P::accumulate(acc[r * JB + jj], query, key);
         }
       }
     }
     alignas(64) float sums[kLanes];
     store(sums, sum_each(acc));
     HA_UNROLL
-    for (int r = 0; r < RB; ++r) {
-      std::memcpy(s + r * kTile + at, sums + r * JB, JB * sizeof(float));
-    }
-    j = at + JB;
-  }
-  for (; j < rows; ++j) {
-    HA_UNROLL
-    for (int r = 0; r < RB; ++r) {
-      F acc = zero();
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        const int count = dim - d < kLanes ? static_cast<int>(dim - d) : kLanes;
-        acc = fma(load(q + r * q_stride + d), load_first(k + j * dim + d, count), acc);
-      }
-      s[r * kTile + j] = sum(acc);
-    }
+    for (int r = 0; r < RB; ++r) std::memcpy(s + r * kTile + j, sums + r * JB, JB * sizeof(float));
   }
 }
 
-#ifdef HA_DOT
-// The same for bf16 keys and queries, by products of pairs; q rows are padded to whole vectors.
-template <int RB, bool Ahead>
-HA_FN void score_pairs(
-    const bf16* q, int64_t q_stride, const bf16* k, int64_t dim, int rows, float* s) {
-  constexpr int JB = kLanes / RB;
-  int j = 0;
-  while (rows >= JB && j < rows) {
-    const int at = j + JB <= rows ? j : rows - JB;
-    const bf16* base = k + at * dim;
-    F acc[kLanes];
-    HA_UNROLL
-    for (int i = 0; i < kLanes; ++i) acc[i] = zero();
-    for (int64_t d = 0; d < dim; d += 2 * kLanes) {
-      Pairs rows_of_q[RB];
-      HA_UNROLL
-      for (int r = 0; r < RB; ++r) rows_of_q[r] = load_pairs(q + r * q_stride + d, 2 * kLanes);
-      const int count = dim - d < 2 * kLanes ? static_cast<int>(dim - d) : 2 * kLanes;
-      HA_UNROLL
-      for (int jj = 0; jj < JB; ++jj) {
-        const bf16* at_k = base + jj * dim + d;
-        if (Ahead) prefetch(reinterpret_cast<const char*>(at_k) + kPrefetchBytes);
-        const Pairs keys = load_pairs(at_k, count);
-        HA_UNROLL
-        for (int r = 0; r < RB; ++r) {
-          acc[r * JB + jj] = dot_pairs(acc[r * JB + jj], rows_of_q[r], keys);
-        }
-      }
-    }
-    alignas(64) float sums[kLanes];
-    store(sums, sum_each(acc));
-    HA_UNROLL
-    for (int r = 0; r < RB; ++r) {
-      std::memcpy(s + r * kTile + at, sums + r * JB, JB * sizeof(float));
-    }
-    j = at + JB;
-  }
-  for (; j < rows; ++j) {
-    HA_UNROLL
-    for (int r = 0; r < RB; ++r) {
-      F acc = zero();
-      for (int64_t d = 0; d < dim; d += 2 * kLanes) {
-        const int count = dim - d < 2 * kLanes ? static_cast<int>(dim - d) : 2 * kLanes;
-        acc = dot_pairs(
-            acc, load_pairs(q + r * q_stride + d, 2 * kLanes), load_pairs(k + j * dim + d, count));
-      }
-      s[r * kTile + j] = sum(acc);
-    }
-  }
-}
-#endif
-
-// o[r, c .. c + CB * kLanes) += sum over j of p[r, j] * v[j]; `last` is set for the ragged columns.
-template <class T, int RB, int CB, bool Ahead>
+// o[r, d .. d + CB * kPair) += sum over j of p[r, j] * v[j]; `count` < kPair columns where Part.
+template <class T, int RB, int CB, bool Ahead, bool Part>
 HA_FN void weigh(
-    const float* p, const T* v, int64_t dim, int64_t column, int rows, float* o, int64_t o_stride) {
-  F acc[RB * CB];
+    const float* p, const T* v, int64_t dim, int64_t d, int rows, float* o, int64_t o_stride) {
+  F acc[RB * CB * 2];
   HA_UNROLL
   for (int r = 0; r < RB; ++r) {
     HA_UNROLL
-    for (int c = 0; c < CB; ++c) acc[r * CB + c] = load(o + r * o_stride + column + c * kLanes);
+    for (int c = 0; c < CB * 2; ++c) acc[r * CB * 2 + c] = load(o + r * o_stride + d + c * kLanes);
   }
-  const T* row = v + column;
+  const T* row = v;
   for (int j = 0; j < rows; ++j, row += dim) {
     F weights[RB];
     HA_UNROLL
     for (int r = 0; r < RB; ++r) weights[r] = set1(p[r * kTile + j]);
     HA_UNROLL
     for (int c = 0; c < CB; ++c) {
-      // Once a line.
-      if (Ahead && (c * kLanes * sizeof(T)) % 64 == 0) {
-        prefetch(reinterpret_cast<const char*>(row + c * kLanes) + kPrefetchBytes);
-      }
-      const F values = load(row + c * kLanes);
+      prefetch_pair<Ahead>(row, d + c * kPair);
+      const T* at = row + d + c * kPair;
+      const Two values = Part ? load_part(at, static_cast<int>(dim - d)) : load_pair(at);
       HA_UNROLL
-      for (int r = 0; r < RB; ++r) acc[r * CB + c] = fma(weights[r], values, acc[r * CB + c]);
+      for (int r = 0; r < RB; ++r) {
+        F* sums = acc + (r * CB + c) * 2;
+        sums[0] = fma(weights[r], values.a, sums[0]);
+        sums[1] = fma(weights[r], values.b, sums[1]);
+      }
     }
   }
   HA_UNROLL
   for (int r = 0; r < RB; ++r) {
     HA_UNROLL
-    for (int c = 0; c < CB; ++c) store(o + r * o_stride + column + c * kLanes, acc[r * CB + c]);
+    for (int c = 0; c < CB * 2; ++c) store(o + r * o_stride + d + c * kLanes, acc[r * CB * 2 + c]);
   }
-}
-
-template <class T, int RB>
-HA_FN void weigh_last(
-    const float* p, const T* v, int64_t dim, int64_t column, int rows, float* o, int64_t o_stride) {
-  F acc[RB];
-  const int count = static_cast<int>(dim - column);
-  HA_UNROLL
-  for (int r = 0; r < RB; ++r) acc[r] = load(o + r * o_stride + column);
-  for (int j = 0; j < rows; ++j) {
-    const F values = load_first(v + j * dim + column, count);
-    HA_UNROLL
-    for (int r = 0; r < RB; ++r) acc[r] = fma(set1(p[r * kTile + j]), values, acc[r]);
-  }
-  HA_UNROLL
-  for (int r = 0; r < RB; ++r) store(o + r * o_stride + column, acc[r]);
 }
 
 template <class T, int RB, bool Ahead>
 HA_FN void weigh_all(const float* p, const T* v, int64_t dim, int rows, float* o, int64_t stride) {
-  constexpr int CB = RB == 1 ? kColumnsOfOne : kColumns;
-  int64_t c = 0;
-  for (; c + CB * kLanes <= dim; c += CB * kLanes) {
-    weigh<T, RB, CB, Ahead>(p, v, dim, c, rows, o, stride);
+  constexpr int CB = RB == 1 ? kPairsOfOne : kPairs;
+  int64_t d = 0;
+  for (; d + CB * kPair <= dim; d += CB * kPair) {
+    weigh<T, RB, CB, Ahead, false>(p, v, dim, d, rows, o, stride);
   }
-  for (; c + 2 * kLanes <= dim; c += 2 * kLanes) {
-    weigh<T, RB, 2, Ahead>(p, v, dim, c, rows, o, stride);
+  if (CB > 1) {
+    for (; d + kPair <= dim; d += kPair) {
+      weigh<T, RB, 1, Ahead, false>(p, v, dim, d, rows, o, stride);
+    }
   }
-  for (; c + kLanes <= dim; c += kLanes) weigh<T, RB, 1, Ahead>(p, v, dim, c, rows, o, stride);
-  if (c < dim) weigh_last<T, RB>(p, v, dim, c, rows, o, stride);
+  if (d < dim) weigh<T, RB, 1, false, true>(p, v, dim, d, rows, o, stride);
 }
 
 // Scores to weights of one query row, in place; returns what the sums so far shrink by.
@@ -245,17 +233,9 @@ template <class T, int RB, bool Ahead>
 HA_FN void attend_block(const Run& run, int row, int64_t at, int rows, float* s) {
   const T* k = static_cast<const T*>(run.k) + at * run.head_dim;
   const T* v = static_cast<const T*>(run.v) + at * run.v_head_dim;
-#ifdef HA_DOT
-  if (std::is_same<T, bf16>::value) {
-    const bf16* q = reinterpret_cast<const bf16*>(run.q_pairs) + row * run.q_stride;
-    const bf16* keys = reinterpret_cast<const bf16*>(k);
-    score_pairs<RB, Ahead>(q, run.q_stride, keys, run.head_dim, rows, s);
-  } else
-#endif
-  {
-    const float* q = run.q + row * run.q_stride;
-    score<T, RB, Ahead>(q, run.q_stride, k, run.head_dim, rows, s);
-  }
+  using P = Products<T>;
+  score<P, RB, Ahead>(
+      P::queries(run) + row * run.q_stride, run.q_stride, k, run.head_dim, rows, s);
   HA_UNROLL
   for (int r = 0; r < RB; ++r) {
     int64_t first = 0;

@@ -59,15 +59,15 @@ struct Run {
   int64_t position;  // of the first row, as `starts` counts
   int64_t head_dim;
   int64_t v_head_dim;
-  const float* q;         // [query_rows, q_stride], zeros past head_dim
-  const void* q_pairs;    // the same in bf16, where the level takes products of pairs
+  const float* q;         // [query_rows, q_stride], zeros past head_dim; bf16: each d at `place`
+  const void* q_pairs;    // the same in bf16 as it is, where the level takes products of pairs
   int64_t q_stride;
   int query_rows;         // query heads of the KV head times query tokens, tokens innermost
   int64_t queries;        // query tokens
   const int64_t* starts;  // [queries] first position that each sees, or null
   float scale;
   float softcap;          // 0: none
-  float* out;             // [query_rows, out_stride], not divided by totals
+  float* out;             // [query_rows, out_stride], not divided by totals; bf16: d at `place`
   int64_t out_stride;
   float* tops;            // [query_rows] largest score
   float* totals;          // [query_rows] sum of exp(score - top)
@@ -80,8 +80,8 @@ namespace portable {
 
 #define HA_FN static inline
 constexpr int kLanes = 4;
-constexpr int kColumns = 2;
-constexpr int kColumnsOfOne = 4;
+constexpr int kPairs = 1;
+constexpr int kPairsOfOne = 2;
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
@@ -140,7 +140,13 @@ HA_FN F load_first(const T* p, int count) {
   for (int i = 0; i < count; ++i) x[i] = widen(p[i]);
   return x;
 }
-HA_FN F load(const bf16* p) { return F{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+HA_FN void split(const bf16* p, F* even, F* odd) {
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  Bits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  *even = (F)(bits << 16);
+  *odd = (F)(bits & 0xffff0000u);
+}
 HA_FN F load(const fp16* p) { return F{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
 
 #include "host_attention_kernel.h"
@@ -154,8 +160,8 @@ namespace avx2 {
 
 #define HA_FN __attribute__((target("avx2,fma,f16c"))) static inline
 constexpr int kLanes = 8;
-constexpr int kColumns = 2;
-constexpr int kColumnsOfOne = 8;
+constexpr int kPairs = 1;
+constexpr int kPairsOfOne = 4;
 using F = __m256;
 
 HA_FN F set1(float x) { return _mm256_set1_ps(x); }
@@ -164,6 +170,11 @@ HA_FN F load(const float* p) { return _mm256_loadu_ps(p); }
 HA_FN F load(const bf16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+HA_FN void split(const bf16* p, F* even, F* odd) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000)));
 }
 HA_FN F load(const fp16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -225,8 +236,8 @@ HA_FN void prefetch(const void* p) { HA_PREFETCH(p); }
 // The same primitives for both levels of AVX-512.
 #define HA_AVX512_PRIMITIVES                                                                       \
   constexpr int kLanes = 16;                                                                       \
-  constexpr int kColumns = 4;                                                                      \
-  constexpr int kColumnsOfOne = 8;                                                                 \
+  constexpr int kPairs = 2;                                                                        \
+  constexpr int kPairsOfOne = 4;                                                                   \
   using F = __m512;                                                                                \
   HA_FN F set1(float x) { return _mm512_set1_ps(x); }                                              \
   HA_FN F zero() { return _mm512_setzero_ps(); }                                                   \
@@ -234,7 +245,11 @@ HA_FN void prefetch(const void* p) { HA_PREFETCH(p); }
   HA_FN F from_bf16(__m256i bits) {                                                                \
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));                \
   }                                                                                                \
-  HA_FN F load(const bf16* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }         \
+  HA_FN void split(const bf16* p, F* even, F* odd) {                                               \
+    const __m512i bits = _mm512_loadu_si512(p);                                                    \
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));                                      \
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));        \
+  }                                                                                                \
   HA_FN F load(const fp16* p) {                                                                    \
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));                                 \
   }                                                                                                \
@@ -297,8 +312,8 @@ namespace avx512bf16 {
   static inline
 HA_AVX512_PRIMITIVES
 using Pairs = __m512bh;
-HA_FN Pairs load_pairs(const bf16* p, int count) {
-  if (count == 32) return (__m512bh)_mm512_loadu_si512(p);
+HA_FN Pairs load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+HA_FN Pairs load_pairs_first(const bf16* p, int count) {
   return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p);
 }
 HA_FN F dot_pairs(F acc, Pairs a, Pairs b) { return _mm512_dpbf16_ps(acc, a, b); }
@@ -311,8 +326,18 @@ HA_FN F dot_pairs(F acc, Pairs a, Pairs b) { return _mm512_dpbf16_ps(acc, a, b);
 
 #endif
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bf16 pairs are split by their low half");
+
 // Levels in rising order; a machine that runs one runs those before it.
 enum Level : int64_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+// Where element d of a row of `dim` lies in q and out of bf16 pages: in each whole pair of vectors
+// the even elements come before the odd ones.
+inline int64_t place(Level level, int64_t d, int64_t dim) {
+  const int64_t lanes = level >= kAvx512 ? 16 : level == kAvx2 ? 8 : 4;
+  const int64_t at = d % (2 * lanes), first = d - at;
+  return first + 2 * lanes > dim ? d : first + at / 2 + at % 2 * lanes;
+}
 
 inline Level best_level() {
 #if defined(__x86_64__)
@@ -324,6 +349,16 @@ inline Level best_level() {
 #else
   return kPortable;
 #endif
+}
+
+// The level that is fastest: products of bf16 pairs take Intel's cores four micro-operations of two
+// cycles (LLVM's X86SchedSapphireRapids), twice the time of the same products in fp32.
+inline Level usual_level() {
+  const Level best = best_level();
+#if defined(__x86_64__)
+  if (best == kAvx512Bf16 && __builtin_cpu_is("intel")) return kAvx512;
+#endif
+  return best;
 }
 
 inline void attend_run(Level level, const Run& run) {

@@ -46,7 +46,9 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
         reason = f"there is no C++ compiler {compiler!r} (CXX names another one)"
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines()
-        reason = f"{compiler} failed: {lines[0] if lines else error}"
+        # Where the file was included from comes first.
+        said = [line for line in lines if "error:" in line] or lines
+        reason = f"{compiler} failed: {said[0] if said else error}"
     except (subprocess.TimeoutExpired, OSError) as error:
         reason = str(error)
     log.warning("no KV is attended on the CPU, its kernel could not be built: %s", reason)

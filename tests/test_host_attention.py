@@ -130,6 +130,18 @@ def test_each_query_sees_rows_from_its_start_on(
     assert (found[0][1, :, 3] == 0).all()
 
 
+def test_the_usual_level_runs_here_and_is_that_of_jobs_that_name_none() -> None:
+    usual = host_kernel(1)
+    assert usual is not None and 0 <= usual.usual_level <= usual.best_level
+    named = host_kernel(1, usual.usual_level)
+    assert named is not None
+    problem = Problem(job_shape((1, 2, 4, 1, 80, 96), torch.bfloat16), seed=7)
+    found = [attend_pages(k, problem.q, problem.pages, problem.shape) for k in (usual, named)]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    usual.close()
+    named.close()
+
+
 def test_large_scores_do_not_overflow(kernel: HostKernel) -> None:
     problem = Problem(JobShape(torch.float32, 1, 1, 2, 1, 64, 64, scale=40.0), seed=1)
     found = attend_pages(kernel, problem.q, problem.pages, problem.shape)
