@@ -23,6 +23,7 @@ SYMBOLS = {
     "Hkv": "KV heads",
     "D": "head dim of K",
     "Dv": "head dim of V",
+    "R": "elements stored of a token and KV head: D + Dv, or what K and V are computed of",
     "e": "bytes of an element of K and V",
     "g_p": "head group in prefill",
     "g_d": "head group in decode",
@@ -65,7 +66,7 @@ SYMBOLS = {
 def formulas() -> Mapping[str, sympy.Expr]:
     """Every formula by name; bytes end in ``_bytes``, seconds in ``_seconds``."""
     v = {name: sympy.Symbol(name, nonnegative=True) for name in SYMBOLS}
-    row = v["B"] * (v["D"] + v["Dv"]) * v["e"]
+    row = v["B"] * v["R"] * v["e"]
     token = v["L"] * v["Hkv"] * row
     found: dict[str, Any] = {"kv_bytes": token * v["S"]}
     found["resident_bytes"] = token * v["S_gpu"]

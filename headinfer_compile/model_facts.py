@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from headinfer_compile.activations import Activations, activation_model, sizes_of
@@ -18,7 +18,9 @@ from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import OptionError
 from headinfer_compile.known_models import KNOWN_MODELS, known_config
 from headinfer_compile.models import find_source, load_config
+from headinfer_compile.passes.cached_kv import updates_of
 from headinfer_compile.passes.context import AttentionSite, PassContext
+from headinfer_compile.passes.graph_utils import node_value
 from headinfer_compile.passes.pipeline import Dump, run_graph_passes
 
 _TRACED_TOKENS = 4096
@@ -50,6 +52,8 @@ class ModelFacts:
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
+    row_elements: int
+    """Elements stored of a token and KV head: D + Dv, or what K and V are computed of."""
     hidden: int
     vocab: int
     itemsize: int
@@ -77,7 +81,7 @@ class ModelFacts:
     @property
     def head_token_bytes(self) -> int:
         """KV bytes of one head of one layer for one token, batch 1."""
-        return (self.head_dim + self.v_head_dim) * self.itemsize
+        return self.row_elements * self.itemsize
 
     @property
     def token_bytes(self) -> int:
@@ -194,6 +198,7 @@ def shape_facts(model: PreTrainedModel, name: str) -> ModelFacts:
         num_kv_heads=kv_heads,
         head_dim=dim,
         v_head_dim=dim,
+        row_elements=2 * dim,
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         itemsize=item,
@@ -232,11 +237,16 @@ class _Trace:
     """A Dynamo backend that analyses the graph of a call and does not run it."""
 
     sites: list[AttentionSite] = field(default_factory=list)
+    row_elements: int = 0
+    """Of K and V of the first cache update."""
     reasons: list[str] = field(default_factory=list)
     activations: Activations | None = None
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         context = PassContext(HeadInferConfig(), example_inputs)
+        for update in updates_of(gm.graph):
+            rows = [node_value(kv).shape[3] for kv in update.args[1:3] if isinstance(kv, Node)]
+            self.row_elements = self.row_elements or int(sum(rows))
         split, _ = run_graph_passes(gm, context, Dump(None), False)
         model = activation_model(split)
         self.sites += context.sites
@@ -281,6 +291,7 @@ def _traced(
         num_kv_heads=site.num_kv_heads,
         head_dim=site.head_dim,
         v_head_dim=site.v_head_dim,
+        row_elements=trace.row_elements,
         footprint=Footprint(
             region=found.region_bytes / _TRACED_TOKENS,
             site=found.site_bytes / _TRACED_TOKENS,

@@ -130,6 +130,7 @@ def memory_of(
     values: dict[str, float] = dict(
         B=batch, S=context, C=chunk, L=shape.num_layers, Hq=facts.num_heads,
         Hkv=facts.num_kv_heads, D=facts.head_dim, Dv=facts.v_head_dim, e=facts.itemsize,
+        R=facts.row_elements,
         g_p=prefill.head_group, g_d=decode.head_group, T_p=prefill.slot_tokens,
         T_d=decode.slot_tokens, N=config.num_slots, T_t=tail,
         Q=max(queries.values()),

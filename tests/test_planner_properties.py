@@ -32,7 +32,7 @@ def models(draw: st.DrawFn) -> ModelFacts:
     elements = layers * 12 * hidden * hidden
     return ModelFacts(
         name="random", windows=windows, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim,
-        v_head_dim=dim, hidden=hidden, vocab=32000, itemsize=2,
+        v_head_dim=dim, row_elements=2 * dim, hidden=hidden, vocab=32000, itemsize=2,
         weight_bytes=2 * (elements + 64000 * hidden), layer_weight_bytes=2 * elements,
         end_weight_bytes=64000 * hidden, read_bytes=2 * elements, matrix_elements=elements,
         head_elements=32000 * hidden,

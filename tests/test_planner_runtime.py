@@ -16,6 +16,7 @@ from headinfer_compile.machine import Machine, Rates
 from headinfer_compile.model_facts import facts_of
 from headinfer_compile.plan_memory import Request, Settings
 from headinfer_compile.planner import make_plan
+from model_zoo import FAMILIES
 
 PAGE, TAIL = 48, 8
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
@@ -79,6 +80,29 @@ def test_planned_bytes_are_those_of_the_cache(
             assert stats.host_bytes == stats.h2d_bytes == 0
         else:
             assert stats.h2d_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("DeepSeek-V2", marks=pytest.mark.slow), "DeepSeek-V3"]
+)
+def test_latent_attention_is_planned_with_the_bytes_that_it_stores(name: str, seed: int) -> None:
+    (family,) = (family for family in FAMILIES if family.name == name)
+    latent = family.make(seed)
+    context, chunk = 270, 96
+    request = Request(context, chunk, gpu_budget=0, page_tokens=PAGE, tail_tokens=TAIL)
+    facts = facts_of(latent, dtype=torch.float32)
+    settings = Settings(chunk, HeadInferConfig(workspace_bytes="64KiB"))
+    made = make_plan(facts, Machine("test", 1 << 33, 1 << 33, Rates()), request, settings)
+    with cache_for(latent, gpu_budget=0, host_budget=1 << 30) as cache, torch.no_grad():
+        model = compiled(latent, **{**made.options, "workspace_bytes": "64KiB"})
+        for part in torch.randint(0, 64, (1, context)).split(chunk, dim=1):
+            model(part, past_key_values=cache)
+        stats = cache.stats()
+    assert stats.sites_rewritten == facts.num_layers and stats.eager_updates == 0
+    assert made.kv_bytes == stats.kv_bytes == context * facts.token_bytes
+    memory = made.choice.memory
+    for part in ("slot", "staging", "tail", "resident", "host"):
+        assert getattr(memory, f"{part}_bytes") == getattr(stats, f"{part}_bytes"), part
 
 
 def test_a_chunked_prompt_is_refused_before_its_first_chunk(model: PreTrainedModel) -> None:
