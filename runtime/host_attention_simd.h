@@ -361,7 +361,7 @@ inline Level usual_level() {
   return best;
 }
 
-inline void attend_run(Level level, const Run& run) {
+inline void attend_run([[maybe_unused]] Level level, const Run& run) {
 #if defined(__x86_64__)
   if (level == kAvx512Bf16) return avx512bf16::attend_run(run);
   if (level == kAvx512) return avx512::attend_run(run);
@@ -370,7 +370,7 @@ inline void attend_run(Level level, const Run& run) {
   portable::attend_run(run);
 }
 
-inline float read_run(Level level, const Run& run) {
+inline float read_run([[maybe_unused]] Level level, const Run& run) {
 #if defined(__x86_64__)
   if (level >= kAvx512) return avx512::read_run(run);
   if (level == kAvx2) return avx2::read_run(run);

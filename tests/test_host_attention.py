@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,6 +223,20 @@ def test_a_bad_job_is_an_error_and_no_number() -> None:
     with pytest.raises(HostAttentionError, match="impossible sizes"):
         attend_pages(kernel, out, [(torch.zeros(16), 5, 0)], shape)
     kernel.close()
+
+
+def test_on_arm64_it_builds_and_is_right(tmp_path: Path) -> None:
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (g++-aarch64-linux-gnu, qemu-user)")
+    program = tmp_path / "check"
+    flags = ["-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread", "-static"]
+    source = Path(__file__).with_name("host_attention_check.cpp")
+    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True, timeout=120)
+    done = subprocess.run([emulator, str(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"error {done.stdout}{done.stderr}"
+    assert 0 < float(done.stdout) < 4e-6
 
 
 def test_without_a_compiler_it_says_so_once_and_does_without(
