@@ -229,7 +229,9 @@ def available_cores() -> int:
     counts = [torch.get_num_threads()]
     if hasattr(os, "sched_getaffinity"):
         counts.append(len(os.sched_getaffinity(0)))
-    quota = cgroup_cores(Path("/sys/fs/cgroup"))
+    groups = Path("/proc/self/cgroup")
+    own = groups.read_text() if groups.is_file() else ""
+    quota = cgroup_cores(Path("/sys/fs/cgroup"), own)
     if quota is not None:
         counts.append(quota)
     return max(1, min(counts))
@@ -243,18 +245,33 @@ def worker_threads(cores: int) -> int:
     return max(1, cores - max(1, cores // 4))
 
 
-def cgroup_cores(root: Path) -> int | None:
-    """Whole cores of the CPU quota of cgroup v2 or v1; None where there is no quota."""
-    for quota_file, period_file in (
-        ("cpu.max", None),
-        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
-    ):
-        path = root / quota_file
-        if not path.is_file():
+def cgroup_cores(root: Path, own: str = "") -> int | None:
+    """Whole cores of the CPU quota of cgroup v2 or v1; None where there is no quota.
+
+    Args:
+        root: Where the groups are mounted.
+        own: The groups of the process, as ``/proc/self/cgroup`` lists them: the quotas of each
+            group around one hold too.
+    """
+    folders = {root: None, root / "cpu": None}
+    for line in own.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
             continue
-        words = path.read_text().split()
-        if period_file is not None:
-            words += (root / period_file).read_text().split()
+        top = root / "cpu" if controllers else root
+        group = top / path.strip("/")
+        folders |= {folder: None for folder in (group, *group.parents) if top in folder.parents}
+    quotas = [quota for quota in map(_quota_cores, folders) if quota is not None]
+    return min(quotas) if quotas else None
+
+
+def _quota_cores(folder: Path) -> int | None:
+    """Whole cores of the quota of one group."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        files = [folder / name for name in names]
+        if not all(file.is_file() for file in files):
+            continue
+        words = [word for file in files for word in file.read_text().split()]
         if len(words) == 2 and words[0].isdigit():
             return max(1, int(words[0]) // int(words[1]))
     return None

@@ -229,7 +229,7 @@ def test_on_arm64_it_builds_and_is_right(tmp_path: Path) -> None:
     compiler = shutil.which("aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if compiler is None or emulator is None:
-        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (g++-aarch64-linux-gnu, qemu-user)")
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
     program = tmp_path / "check"
     flags = ["-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread", "-static"]
     source = Path(__file__).with_name("host_attention_check.cpp")
@@ -258,28 +258,65 @@ def test_without_a_compiler_it_says_so_once_and_does_without(
     assert not list((tmp_path / "headinfer_compile").iterdir())
 
 
-def test_threads_follow_affinity_quota_and_torch(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_threads_follow_affinity_quota_and_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    quota: int | None = None
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    monkeypatch.setattr(host_attention, "Path", lambda _: tmp_path)
+    monkeypatch.setattr(host_attention, "cgroup_cores", lambda *_: quota)
     assert host_attention.available_cores() == 12
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert host_attention.available_cores() == 12
-    (tmp_path / "cpu.max").write_text("650000 100000\n")
+    quota = 6
     assert host_attention.available_cores() == 6
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert host_attention.available_cores() == 2
+    # One core at least is left to the thread that launches.
     assert [host_attention.worker_threads(n) for n in (1, 2, 4, 16)] == [1, 1, 3, 12]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is Linux's")
+def test_the_threads_stay_on_the_cores_of_the_process() -> None:
+    allowed = os.sched_getaffinity(0)
+    before = set(os.listdir("/proc/self/task"))
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert host_attention.available_cores() == 1
+        kernel = host_kernel(3)
+        assert kernel is not None
+        made = set(os.listdir("/proc/self/task")) - before
+        assert len(made) == 2
+        assert all(os.sched_getaffinity(int(task)) == {min(allowed)} for task in made)
+        kernel.close()
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_a_quota_counts_whole_cores(tmp_path: Path) -> None:
+    cores = host_attention.cgroup_cores
+    assert cores(tmp_path) is None
+    for text, wanted in (("max 100000", None), ("650000 100000", 6), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+        assert cores(tmp_path, "0::/\n") == wanted
+
+
+def test_the_smallest_quota_of_the_groups_around_holds(tmp_path: Path) -> None:
+    inner = tmp_path / "pod" / "box"
+    inner.mkdir(parents=True)
+    (inner / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "pod" / "cpu.max").write_text("400000 100000\n")
+    own = "0::/pod/box\n"
+    assert host_attention.cgroup_cores(tmp_path, own) == 4
+    (inner / "cpu.max").write_text("200000 100000\n")
+    assert host_attention.cgroup_cores(tmp_path, own) == 2
+    # Of another process.
+    assert host_attention.cgroup_cores(tmp_path, "0::/other\n") is None
+
+
 def test_the_quota_of_the_older_cgroups(tmp_path: Path) -> None:
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    for quota, cores in (("-1", None), ("350000", 3), ("50000", 1)):
-        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-        assert host_attention.cgroup_cores(tmp_path) == cores
+    for folder, own in (("cpu", ""), ("cpu/pod", "5:memory:/x\n4:cpu,cpuacct:/pod\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "cpu.cfs_period_us").write_text("100000\n")
+        for quota, cores in (("350000", 3), ("50000", 1), ("-1", None)):
+            (tmp_path / folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+            assert host_attention.cgroup_cores(tmp_path, own) == cores
 
 
 def test_the_benchmark_compares_with_a_plain_read(tmp_path: Path) -> None:
