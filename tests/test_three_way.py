@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 from collections.abc import Iterator, Sequence
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,8 @@ from harness import (
 from headinfer_compile import HeadInferCache, profile
 from headinfer_compile.errors import HostAttentionError
 from headinfer_compile.report import explain
-from headinfer_compile.runtime import host_build, host_lane
-from headinfer_compile.runtime.host_attention import HostKernel
+from headinfer_compile.runtime import host_attention, host_build, host_lane
+from headinfer_compile.runtime.host_attention import HostKernel, shared_kernel
 from headinfer_compile.runtime.host_lane import HostLane
 from headinfer_compile.runtime.step import KVBlock
 from headinfer_compile.runtime.streams import Streams, Uses
@@ -297,15 +300,26 @@ def test_a_job_that_fails_late_raises_at_the_next_step_until_its_tokens_are_drop
     assert all(map(torch.equal, found, wanted[-2:]))
 
 
-def test_without_a_kernel_the_link_takes_everything(
-    model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+def test_without_a_compiler_the_link_takes_everything_and_it_is_said_once(
+    model: CompiledModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(host_lane, "shared_kernel", lambda _: None)
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    # Empty caches of this test alone: those of the process hold a kernel.
+    monkeypatch.setattr(host_attention, "library", functools.cache(unwrap(host_build.library)))
+    monkeypatch.setattr(host_lane, "shared_kernel", functools.cache(unwrap(shared_kernel)))
     model.use(cpu_attention=0.5)
     ids, oracle = model.prompt(3, tokens=40, new=6)
-    with model.cache() as cache:
-        assert_same(generate(model.model, ids, cache, 6), oracle)
-        assert model.assert_streamed(cache).cpu_bytes == 0
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with model.cache() as cache:
+                assert_same(generate(model.model, ids, cache, 6), oracle)
+                assert model.assert_streamed(cache).cpu_bytes == 0
+    (said,) = [r.getMessage() for r in caplog.records if "attended on the CPU" in r.getMessage()]
+    assert "no C++ compiler '/no/such/compiler'" in said
 
 
 # -- reports ----------------------------------------------------------------------------------
