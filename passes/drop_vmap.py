@@ -27,7 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from headinfer_compile.passes.context import PassContext
 from headinfer_compile.passes.graph_utils import in_vmap_machinery, operation, written
-from headinfer_compile.passes.mask_reader import FILLS
+from headinfer_compile.passes.mask_operations import FILLS
 
 _VIEWS = (
     *("getitem", "view", "reshape", "unsqueeze", "squeeze", "expand", "transpose", "permute"),

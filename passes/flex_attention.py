@@ -21,7 +21,7 @@ from headinfer_compile.passes.attention_calls import Attention
 from headinfer_compile.passes.cached_kv import UnsupportedError
 from headinfer_compile.passes.context import source_line
 from headinfer_compile.passes.graph_utils import node_value, operation
-from headinfer_compile.passes.mask_reader import ELEMENTWISE, FILLS
+from headinfer_compile.passes.mask_operations import ELEMENTWISE, FILLS
 from headinfer_compile.passes.token_function import read_kv
 
 # Positions in the operator's arguments, and in its tuple of a block mask, counted from the end.

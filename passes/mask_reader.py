@@ -22,55 +22,24 @@ from headinfer_compile.passes.mask_algebra import (
     to_linear,
     uncast,
 )
+from headinfer_compile.passes.mask_operations import (
+    BINARY,
+    CONSTANTS,
+    EXPANDS,
+    FULLS,
+    INVERT,
+    LOGICAL,
+    RESHAPES,
+    SAME,
+    UNARY,
+)
 from headinfer_compile.runtime.masks import Expr, const, load, make
 
 Index = tuple[Expr, ...]
 
 ZERO = const(0)
 
-_BINARY = {
-    "add": "add",
-    "sub": "sub",
-    "subtract": "sub",
-    "mul": "mul",
-    "multiply": "mul",
-    "floordiv": "floordiv",
-    "floor_divide": "floordiv",
-    "mod": "mod",
-    "remainder": "mod",
-    "minimum": "min",
-    "maximum": "max",
-    "le": "le",
-    "less_equal": "le",
-    "lt": "lt",
-    "less": "lt",
-    "ge": "ge",
-    "greater_equal": "ge",
-    "gt": "gt",
-    "greater": "gt",
-    "eq": "eq",
-    "ne": "ne",
-    "not_equal": "ne",
-}
-_LOGICAL = {
-    **dict.fromkeys(("and_", "bitwise_and", "logical_and", "__and__"), "and"),
-    **dict.fromkeys(("or_", "bitwise_or", "logical_or", "__or__"), "or"),
-}
-_INVERT = ("invert", "inv", "bitwise_not", "logical_not")
-_UNARY = {"neg": "neg", "negative": "neg", "abs": "abs"}
-_SAME = (
-    *("to", "bool", "int", "long", "float", "half", "double", "bfloat16", "type", "type_as"),
-    *("contiguous", "clone", "detach", "cpu", "cuda"),
-)
-_RESHAPES = ("view", "reshape", "unsqueeze", "squeeze")
-_EXPANDS = ("expand", "expand_as", "broadcast_to")
-_FILLS = {"ones": 1, "zeros": 0, "ones_like": 1, "zeros_like": 0, "new_ones": 1, "new_zeros": 0}
-_FULLS = {"full": 1, "full_like": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0}
 _EXACT_INTEGERS = (torch.int64, torch.int32)
-
-#: Operations of which one element reads the elements at the same index, and those that read none.
-ELEMENTWISE = (*(*_BINARY, *_LOGICAL, *_INVERT, *_UNARY, *_SAME, "where", "masked_fill"),)
-FILLS = (*_FILLS, *_FULLS)
 
 
 def symbolic(size: int | torch.SymInt) -> sympy.Expr:
@@ -85,6 +54,8 @@ class MaskReader:
         self.domain = domain
         self.inputs: list[Node] = []
         self.visited: set[Node] = set()
+        self.batched_at: dict[int, Expr] = {}
+        """By level, the index in the dimension that a ``torch.vmap`` around the node hides."""
 
     def shape(self, node: Node) -> tuple[sympy.Expr, ...]:
         """The sizes of a tensor, in past and new lengths where they depend on these."""
@@ -97,7 +68,8 @@ class MaskReader:
             UnreadableError: It is no index arithmetic, nor a load from a small tensor.
         """
         self.visited.add(node)
-        reader = _READERS.get(operation(node))
+        is_index = node.target in (torch.ops.aten.index, torch.ops.aten.index.Tensor)
+        reader = _index if is_index else _READERS.get(operation(node))
         if reader is None:
             return self.load(node, index)
         try:
@@ -113,6 +85,8 @@ class MaskReader:
         """A load from a tensor, which must not be as large as the mask unless it is an input."""
         if self.is_large(node):
             raise UnreadableError(f"{node.name} ({node.target}) is not index arithmetic")
+        if torch._C._functorch.is_batchedtensor(node_value(node)):
+            raise UnreadableError(f"{node.name} ({node.target}) under vmap is not index arithmetic")
         if node not in self.inputs:
             self.inputs.append(node)
         return load(self.inputs.index(node), self.broadcast(node, index))
@@ -189,7 +163,7 @@ def _is_bool(node: Node) -> bool:
 def _binary(reader: MaskReader, node: Node, index: Index) -> Expr:
     _plain(node, "other")
     operands = [*node.args, *node.kwargs.values()]
-    op = _BINARY[operation(node)]
+    op = BINARY[operation(node)]
     if _is_bool(node) and op in ("add", "mul"):
         return make({"add": "or", "mul": "and"}[op], *(reader.operand(a, index) for a in operands))
     return make(op, *(reader.operand(arg, index) for arg in operands))
@@ -200,13 +174,13 @@ def _logical(reader: MaskReader, node: Node, index: Index) -> Expr:
     if not _is_bool(node):
         raise UnreadableError(f"{node.name} works on the bits of integers")
     operands = [*node.args, *node.kwargs.values()]
-    op = _LOGICAL.get(operation(node), "not")
+    op = LOGICAL.get(operation(node), "not")
     return make(op, *(reader.operand(arg, index, boolean=True) for arg in operands))
 
 
 def _unary(reader: MaskReader, node: Node, index: Index) -> Expr:
     _plain(node)
-    return make(_UNARY[operation(node)], reader.operand(node.args[0], index))
+    return make(UNARY[operation(node)], reader.operand(node.args[0], index))
 
 
 def _same(reader: MaskReader, node: Node, index: Index) -> Expr:
@@ -227,10 +201,10 @@ def _arange(reader: MaskReader, node: Node, index: Index) -> Expr:
 
 def _fill(reader: MaskReader, node: Node, index: Index) -> Expr:
     name = operation(node)
-    if name in _FILLS:
-        value: Any = _FILLS[name]
+    if name in CONSTANTS:
+        value: Any = CONSTANTS[name]
     else:
-        position = _FULLS[name]
+        position = FULLS[name]
         value = node.args[position] if len(node.args) > position else node.kwargs.get("fill_value")
     return reader.operand(value, (), boolean=_is_bool(node))
 
@@ -316,9 +290,18 @@ def _slice_index(reader: MaskReader, key: slice, at: Expr, sizes: tuple[Any, Any
 
 
 def _getitem(reader: MaskReader, node: Node, index: Index) -> Expr:
-    source = _source(node)
     key: Any = node.args[1]
-    keys = list(key) if isinstance(key, tuple) else [key]
+    return _indexed(reader, node, index, list(key) if isinstance(key, tuple) else [key])
+
+
+def _index(reader: MaskReader, node: Node, index: Index) -> Expr:
+    """``aten.index``, which indexing becomes under vmap; there None is a whole dimension."""
+    keys: Any = node.args[1]
+    return _indexed(reader, node, index, [slice(None) if k is None else k for k in keys])
+
+
+def _indexed(reader: MaskReader, node: Node, index: Index, keys: list[Any]) -> Expr:
+    source = _source(node)
     shape, shape_after = reader.shape(source), reader.shape(node)
     missing = len(shape) - sum(k is not None and k is not Ellipsis for k in keys)
     gap = next((i for i, k in enumerate(keys) if k is Ellipsis), len(keys))
@@ -356,21 +339,46 @@ def _getitem(reader: MaskReader, node: Node, index: Index) -> Expr:
     return (reader.load if wraps else reader.element)(source, tuple(before))
 
 
+def _enter_vmap(reader: MaskReader, node: Node, index: Index) -> Expr:
+    """``_add_batch_dim(source, dim, level)`` hides a dimension of the source."""
+    _, dim, level = node.args
+    assert isinstance(dim, int) and isinstance(level, int)
+    if level not in reader.batched_at:
+        raise UnreadableError(f"{node.name} is read outside its vmap")
+    at = dim % (len(index) + 1)
+    return reader.element(_source(node), (*index[:at], reader.batched_at[level], *index[at:]))
+
+
+def _leave_vmap(reader: MaskReader, node: Node, index: Index) -> Expr:
+    """``_remove_batch_dim(source, level, size, dim)`` shows it again."""
+    _, level, _, dim = node.args
+    assert isinstance(dim, int) and isinstance(level, int)
+    at = dim % len(index)
+    around = dict(reader.batched_at)
+    reader.batched_at[level] = index[at]
+    try:
+        return reader.element(_source(node), (*index[:at], *index[at + 1 :]))
+    finally:
+        reader.batched_at = around
+
+
 def _is_tensor(key: Any) -> TypeGuard[Node]:
     return isinstance(key, Node) and isinstance(node_value(key), torch.Tensor)
 
 
 _READERS: dict[str, Callable[[MaskReader, Node, Index], Expr]] = {
-    **dict.fromkeys(_BINARY, _binary),
-    **dict.fromkeys((*_LOGICAL, *_INVERT), _logical),
-    **dict.fromkeys(_UNARY, _unary),
-    **dict.fromkeys(_SAME, _same),
-    **dict.fromkeys((*_FILLS, *_FULLS), _fill),
-    **dict.fromkeys(_RESHAPES, _reshape),
-    **dict.fromkeys(_EXPANDS, _expand),
+    **dict.fromkeys(BINARY, _binary),
+    **dict.fromkeys((*LOGICAL, *INVERT), _logical),
+    **dict.fromkeys(UNARY, _unary),
+    **dict.fromkeys(SAME, _same),
+    **dict.fromkeys((*CONSTANTS, *FULLS), _fill),
+    **dict.fromkeys(RESHAPES, _reshape),
+    **dict.fromkeys(EXPANDS, _expand),
     **dict.fromkeys(("transpose", "swapaxes", "permute"), _permute),
     **dict.fromkeys(("where", "masked_fill"), _where),
     **dict.fromkeys(("triu", "tril"), _triangle),
     "arange": _arange,
     "getitem": _getitem,
+    "_add_batch_dim": _enter_vmap,
+    "_remove_batch_dim": _leave_vmap,
 }
