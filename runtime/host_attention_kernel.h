@@ -57,6 +57,7 @@ struct Widened {
   using Key = T;
   using Query = float;
   using Operand = Two;
+  static constexpr bool kQuick = false;  // beside the weighted sum
   HA_FN Two query(const float* p) { return {load(p), load(p + kLanes)}; }
   HA_FN Two whole(const T* p) { return load_pair(p); }
   HA_FN Two part(const T* p, int count) { return load_part(p, count); }
@@ -70,6 +71,7 @@ struct Paired {
   using Key = bf16;
   using Query = bf16;
   using Operand = Pairs;
+  static constexpr bool kQuick = true;
   HA_FN Pairs query(const bf16* p) { return load_pairs(p); }
   HA_FN Pairs whole(const bf16* p) { return load_pairs(p); }
   HA_FN Pairs part(const bf16* p, int count) { return load_pairs_first(p, count); }
@@ -94,11 +96,12 @@ HA_FN void prefetch_pair(const T* row, int64_t d) {
   }
 }
 
-// Scores of RB query rows with keys [0, rows) into s[r * kTile + j]. Key rows lie `dim` apart.
+// Scores of RB query rows with keys [0, rows) into s[r * kTile + j]. Key rows lie `dim` apart, and
+// [0, prefetched) of those ahead are prefetched.
 template <class P, int RB, bool Ahead>
 HA_FN void score(
-    const typename P::Query* q, int64_t q_stride, const typename P::Key* k, int64_t dim, int rows,
-    float* s) {
+    const typename P::Query* q, int64_t q_stride, const typename P::Key* k, int64_t dim,
+    int64_t prefetched, int rows, float* s) {
   constexpr int JB = kLanes / RB;
   for (int j = 0; j < rows; j += JB) {
     // At a ragged end the last key is done again and again; its copies are not looked at.
@@ -115,7 +118,7 @@ HA_FN void score(
       for (int r = 0; r < RB; ++r) queries[r] = P::query(q + r * q_stride + d);
       HA_UNROLL
       for (int jj = 0; jj < JB; ++jj) {
-        prefetch_pair<Ahead>(keys[jj], d);
+        if (d < prefetched) prefetch_pair<Ahead>(keys[jj], d);
         const typename P::Operand key = P::whole(keys[jj] + d);
         HA_UNROLL
         for (int r = 0; r < RB; ++r) {
@@ -141,10 +144,12 @@ HA_FN void score(
   }
 }
 
-// o[r, d .. d + CB * kPair) += sum over j of p[r, j] * v[j]; `count` < kPair columns where Part.
+// o[r, d .. d + CB * kPair) += sum over j of p[r, j] * v[j], fewer columns where Part. Unless it is
+// null, `k` has a pair of each key row ahead prefetched.
 template <class T, int RB, int CB, bool Ahead, bool Part>
 HA_FN void weigh(
-    const float* p, const T* v, int64_t dim, int64_t d, int rows, float* o, int64_t o_stride) {
+    const float* p, const T* v, int64_t dim, int64_t d, int rows, float* o, int64_t o_stride,
+    const T* k, int64_t k_dim) {
   F acc[RB * CB * 2];
   HA_UNROLL
   for (int r = 0; r < RB; ++r) {
@@ -153,6 +158,7 @@ HA_FN void weigh(
   }
   const T* row = v;
   for (int j = 0; j < rows; ++j, row += dim) {
+    if (Ahead && k != nullptr) prefetch_pair<Ahead>(k + j * k_dim, 0);
     F weights[RB];
     HA_UNROLL
     for (int r = 0; r < RB; ++r) weights[r] = set1(p[r * kTile + j]);
@@ -177,18 +183,20 @@ HA_FN void weigh(
 }
 
 template <class T, int RB, bool Ahead>
-HA_FN void weigh_all(const float* p, const T* v, int64_t dim, int rows, float* o, int64_t stride) {
+HA_FN void weigh_all(
+    const float* p, const T* v, int64_t dim, int rows, float* o, int64_t stride, const T* k,
+    int64_t k_dim) {
   constexpr int CB = RB == 1 ? kPairsOfOne : kPairs;
   int64_t d = 0;
   for (; d + CB * kPair <= dim; d += CB * kPair) {
-    weigh<T, RB, CB, Ahead, false>(p, v, dim, d, rows, o, stride);
+    weigh<T, RB, CB, Ahead, false>(p, v, dim, d, rows, o, stride, d == 0 ? k : nullptr, k_dim);
   }
   if (CB > 1) {
     for (; d + kPair <= dim; d += kPair) {
-      weigh<T, RB, 1, Ahead, false>(p, v, dim, d, rows, o, stride);
+      weigh<T, RB, 1, Ahead, false>(p, v, dim, d, rows, o, stride, nullptr, k_dim);
     }
   }
-  if (d < dim) weigh<T, RB, 1, false, true>(p, v, dim, d, rows, o, stride);
+  if (d < dim) weigh<T, RB, 1, false, true>(p, v, dim, d, rows, o, stride, nullptr, k_dim);
 }
 
 // Scores to weights of one query row, in place; returns what the sums so far shrink by.
@@ -234,8 +242,12 @@ HA_FN void attend_block(const Run& run, int row, int64_t at, int rows, float* s)
   const T* k = static_cast<const T*>(run.k) + at * run.head_dim;
   const T* v = static_cast<const T*>(run.v) + at * run.v_head_dim;
   using P = Products<T>;
+  // Memory should have as much to do all along: where scores are quick, a quarter of the next keys
+  // is prefetched during the weighted sum.
+  const bool later = Ahead && P::kQuick && RB == 4 && run.head_dim == 4 * kPair;
+  const int64_t prefetched = run.head_dim - (later ? kPair : 0);
   score<P, RB, Ahead>(
-      P::queries(run) + row * run.q_stride, run.q_stride, k, run.head_dim, rows, s);
+      P::queries(run) + row * run.q_stride, run.q_stride, k, run.head_dim, prefetched, rows, s);
   HA_UNROLL
   for (int r = 0; r < RB; ++r) {
     int64_t first = 0;
@@ -251,7 +263,8 @@ HA_FN void attend_block(const Run& run, int row, int64_t at, int rows, float* s)
     }
   }
   weigh_all<T, RB, Ahead>(
-      s, v, run.v_head_dim, rows, run.out + row * run.out_stride, run.out_stride);
+      s, v, run.v_head_dim, rows, run.out + row * run.out_stride, run.out_stride,
+      later ? k + prefetched : nullptr, run.head_dim);
 }
 
 // The first query rows of a tile also prefetch the next ones; to the others they are in the cache.
