@@ -100,8 +100,8 @@ def test_what_no_element_tells_is_made_in_full() -> None:
 
 def test_a_model_with_or_mask_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def masks(*args: Any, **kwargs: Any) -> Any:
-        prefix: dict[str, Any] = {"or_mask_function": lambda b, h, q, kv: kv < 9}
-        return create_causal_mask(*args, **kwargs, **prefix)
+        kwargs["or_mask_function"] = lambda b, h, q, kv: kv < 9
+        return create_causal_mask(*args, **kwargs)
 
     monkeypatch.setattr(llama, "create_causal_mask", masks)
     compiled = CompiledModel(tiny_llama(seed))
