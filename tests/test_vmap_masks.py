@@ -46,7 +46,9 @@ def mapped(function: Callable[..., Tensor]) -> Build:
 def by_columns(past: int, new: int, padding: Tensor, table: Tensor) -> Tensor:
     """A vmap over the second dimension of a grid, put back last."""
     ahead = torch.arange(past + new) - (torch.arange(new) + past)[:, None]
-    return torch.vmap(lambda column: (column <= 0) & (column > -4), in_dims=-1, out_dims=1)(ahead)
+    near = torch.vmap(lambda column: (column <= 0) & (column > -4), in_dims=-1, out_dims=1)
+    mask: Tensor = near(ahead)
+    return mask
 
 
 def causal_and_padding(b: Tensor, q: Tensor, kv: Tensor, padding: Tensor, _: Tensor) -> Tensor:
