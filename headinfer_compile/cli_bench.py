@@ -25,6 +25,7 @@ CASES = {
     "timeline": "kernels and copies of one decode step, by stream",
     "host_attention": "attention over host pages on the CPU, against a plain read of them",
     "plan_limits": "the largest context on the paper's machine, beside the paper's",
+    "proof": "what the proof of the schedules costs in a long prefill",
     "plan_sweep": "auto against fixed settings",
     "plan_accuracy": "predicted beside measured bytes and seconds",
     "three_way": "decode steps by the share of host blocks that the CPU attends",

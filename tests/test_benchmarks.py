@@ -17,6 +17,7 @@ from benchmarks import (
     memory,
     needle,
     prefill,
+    proof,
     roofline,
     startup,
     timeline,
@@ -246,6 +247,24 @@ def test_the_command_runs_a_case(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert main(["bench"]) == 0 and "needle" in capfd.readouterr().out
     assert main(["bench", "no-such-case"]) == 2
     assert "prefill, decode" in capfd.readouterr().err
+
+
+def test_proof_is_a_share_of_the_measured_prefill(tmp_path: Path) -> None:
+    measured = {
+        "id": "gpu", "variant": "headinfer:0", "device": "NVIDIA", "gpu_memory": None,
+        "model": "llama", "layers": 2, "context": 40_000, "chunk": 9_000,
+        "seconds": {"median": 10.0},
+    }  # fmt: skip
+    write_rows(tmp_path / "prefill.json", [measured, measured | {"id": "other", "chunk": 1}])
+    args = ["--model", "tiny", "--context", "40000", "--chunk", "9000", "--rounds", "2"]
+    args += ["--prefill", str(tmp_path / "prefill.json"), "--out", str(tmp_path / "proof.json")]
+    (row,) = proof.main(args)
+    assert row["prefill"] == "gpu"
+    assert row["share"] == pytest.approx(row["proof_s"] / 10, abs=1e-6) and row["share"] <= 0.02
+    # The first chunk has no past, and a last layer starts no transfer for another.
+    assert row["keys"] >= 3 and row["prologues"] >= 1
+    assert row["nodes"] >= row["most_nodes"] + 10 * (row["keys"] - 1)
+    assert 0 < row["us_per_node"] <= 20
 
 
 @pytest.mark.slow
