@@ -59,6 +59,8 @@ def mutants(source: GraphModule, key: PlanKey) -> Iterator[Mutant]:
     yield from _moved(gm, nodes)
     yield from _changed(gm, nodes, ops, key)
     yield from _duplicated(gm, ops)
+    yield from _early(gm, ops)
+    yield from _shrunk(gm, ops, key)
     for index in range(len(ops)):
         yield from _dropped(source, index)
 
@@ -140,6 +142,42 @@ def _duplicated(gm: GraphModule, ops: list[Node]) -> Iterator[Mutant]:
                 twin = gm.graph.node_copy(node)
             yield Mutant("duplicate", f"{node}, {where} it", gm)
             gm.graph.erase_node(twin)
+
+
+def _early(gm: GraphModule, ops: list[Node]) -> Iterator[Mutant]:
+    """Give a slot up before its last reader; refill it before it is given up."""
+    waits = {node.args[1]: node for node in ops if opname(node) == "wait"}
+    for node in ops:
+        before, following = node.args, node.next
+        if opname(node) == "release" and before[1] in waits:
+            items = waits[before[1]].users
+            readers = [n for n in ops if opname(n) == "attend_merge" and n.args[4] in items]
+            for reader in readers:
+                reader.prepend(node)
+                node.args = (*before[:2], reader.args[1])
+                yield Mutant("release early", f"{node} before {reader}", gm)
+        elif opname(node) == "prefetch" and isinstance(released := before[7], Node):
+            held = released.args[1] if opname(released) == "release" else None
+            if held in waits:
+                waits[held].append(node)
+                node.args = (*before[:7], held)
+                yield Mutant("hoist too far", f"{node} before {released}", gm)
+        node.args = before
+        following.prepend(node)
+
+
+def _shrunk(gm: GraphModule, ops: list[Node], key: PlanKey) -> Iterator[Mutant]:
+    """Use one slot less than there are."""
+    before = {node: node.args for node in ops if opname(node) == "prefetch"}
+    if key.num_slots == 2:
+        return
+    for node, args in before.items():
+        assert isinstance(args[6], int)
+        node.args = (*args[:6], args[6] % key.num_slots % (key.num_slots - 1), *args[7:])
+    if any(node.args[6] != args[6] % key.num_slots for node, args in before.items()):  # type: ignore[operator]
+        yield Mutant("shrink the ring", f"to {key.num_slots - 1} slots", gm)
+    for node, args in before.items():
+        node.args = args
 
 
 def _dropped(source: GraphModule, index: int) -> Iterator[Mutant]:
