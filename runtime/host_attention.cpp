@@ -61,7 +61,7 @@ struct Piece {
 };
 
 constexpr int64_t kLargestPartials = 16 << 20;  // bytes
-constexpr int64_t kTasks = 512;
+constexpr int64_t kTasks = HA_TASKS;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

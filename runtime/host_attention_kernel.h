@@ -103,6 +103,7 @@ HA_FN void score(
     const typename P::Query* q, int64_t q_stride, const typename P::Key* k, int64_t dim,
     int64_t prefetched, int rows, float* s) {
   constexpr int JB = kLanes / RB;
+  constexpr int GB = JB < 4 ? JB : 4;  // read side by side: the hardware follows a few rows, not 16
   for (int j = 0; j < rows; j += JB) {
     // At a ragged end the last key is done again and again; its copies are not looked at.
     const typename P::Key* keys[JB];
@@ -111,29 +112,32 @@ HA_FN void score(
     F acc[kLanes];
     HA_UNROLL
     for (int i = 0; i < kLanes; ++i) acc[i] = zero();
-    int64_t d = 0;
-    for (; d + kPair <= dim; d += kPair) {
-      typename P::Operand queries[RB];
-      HA_UNROLL
-      for (int r = 0; r < RB; ++r) queries[r] = P::query(q + r * q_stride + d);
-      HA_UNROLL
-      for (int jj = 0; jj < JB; ++jj) {
-        if (d < prefetched) prefetch_pair<Ahead>(keys[jj], d);
-        const typename P::Operand key = P::whole(keys[jj] + d);
+    HA_UNROLL
+    for (int g = 0; g < JB; g += GB) {
+      int64_t d = 0;
+      for (; d + kPair <= dim; d += kPair) {
+        typename P::Operand queries[RB];
         HA_UNROLL
-        for (int r = 0; r < RB; ++r) {
-          acc[r * JB + jj] = P::accumulate(acc[r * JB + jj], queries[r], key);
+        for (int r = 0; r < RB; ++r) queries[r] = P::query(q + r * q_stride + d);
+        HA_UNROLL
+        for (int jj = g; jj < g + GB; ++jj) {
+          if (d < prefetched) prefetch_pair<Ahead>(keys[jj], d);
+          const typename P::Operand key = P::whole(keys[jj] + d);
+          HA_UNROLL
+          for (int r = 0; r < RB; ++r) {
+            acc[r * JB + jj] = P::accumulate(acc[r * JB + jj], queries[r], key);
+          }
         }
       }
-    }
-    if (d < dim) {
-      HA_UNROLL
-      for (int jj = 0; jj < JB; ++jj) {
-        const typename P::Operand key = P::part(keys[jj] + d, static_cast<int>(dim - d));
+      if (d < dim) {
         HA_UNROLL
-        for (int r = 0; r < RB; ++r) {
-          const typename P::Operand query = P::query(q + r * q_stride + d);
-          acc[r * JB + jj] = P::accumulate(acc[r * JB + jj], query, key);
+        for (int jj = g; jj < g + GB; ++jj) {
+          const typename P::Operand key = P::part(keys[jj] + d, static_cast<int>(dim - d));
+          HA_UNROLL
+          for (int r = 0; r < RB; ++r) {
+            const typename P::Operand query = P::query(q + r * q_stride + d);
+            acc[r * JB + jj] = P::accumulate(acc[r * JB + jj], query, key);
+          }
         }
       }
     }

@@ -14,12 +14,15 @@
 #endif
 
 // What a tuning run may set: rows of a tile; how far ahead K and V are prefetched, and into which
-// cache (3: first level, 2: second, 0: past them, -1: not at all).
+// cache (3: first level, 2: second, 0: past them, -1: not at all); tasks of a job.
 #ifndef HA_TILE
 #define HA_TILE 64
 #endif
 #ifndef HA_PREFETCH_BYTES
 #define HA_PREFETCH_BYTES 16384
+#endif
+#ifndef HA_TASKS
+#define HA_TASKS 512
 #endif
 #ifndef HA_PREFETCH_LEVEL
 #define HA_PREFETCH_LEVEL 2
