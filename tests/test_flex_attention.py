@@ -86,7 +86,9 @@ def test_models_by_flex_equal_resident_ones(name: str, seed: int) -> None:
     assert dynamo_graphs() == 2
     for graph in compiled.graphs:
         assert not graph.report.declines
-        assert [site.mask and site.mask.formula for site in graph.sites] == formulas
+        forms = [site.mask.formula for site in graph.sites if site.mask is not None]
+        # transformers 5.17 passes a padding mask of ones to the model.
+        assert [form.removesuffix(" and m0[b, kv]") for form in forms] == formulas
         # Nothing is left of the block masks, which hold a mask of new x all tokens.
         for module in graph.graph_module.modules():
             nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
@@ -232,7 +234,7 @@ def test_any_mask_function_is_exact(
         attend(score_mod, _documents), backend=headinfer, options={"lowering": "eager"}
     )
     cache, resident = offloaded(), ResidentCache()
-    for step, new in enumerate((40, 30, 1, 1)):
+    for step, new in enumerate((40, 30, 1) if rewritten else (40, 1)):
         q, k, v = inputs(seed + step, new)
         keys, values = resident.update(k, v, 0)
         sizes = (q.shape[0], HEADS, new, keys.shape[2])
@@ -257,7 +259,7 @@ def test_no_tensor_of_new_times_all_tokens_is_made(seed: int) -> None:
     compiled = torch.compile(attend(None, local), backend=headinfer, options={"lowering": "eager"})
     cache = offloaded()
     qkv = inputs(seed, 256)
-    for _ in range(3):
+    for _ in range(2):
         compiled(cache, *qkv)
     largest = LargestTensor()
     # Within the call: Dynamo runs nothing that it compiled under a dispatch mode of the caller.
@@ -265,4 +267,4 @@ def test_no_tensor_of_new_times_all_tokens_is_made(seed: int) -> None:
     compiled(cache, *qkv)
     assert cache.stats().eager_updates == 0
     # In fp32 elements, of which a bool is a quarter.
-    assert 0 < largest.elements < 256 * 1024 // 4
+    assert 0 < largest.elements < 256 * 768 // 4
