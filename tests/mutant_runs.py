@@ -55,8 +55,18 @@ class Sites(nn.Module):
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.mix = nn.ModuleList(nn.Linear(HEADS * DIM, WIDTH) for _ in range(LAYERS))
 
-    def forward(self, ids: Tensor, cache: HeadInferCache) -> Tensor:
-        """``[B, n, WIDTH]`` of ids ``[B, n]``."""
+    def forward(
+        self, ids: Tensor, cache: Any, mask: Tensor | None = None, window: int = 0
+    ) -> Tensor:
+        """``[B, n, WIDTH]`` of ids ``[B, n]``.
+
+        Args:
+            ids: New tokens.
+            cache: With ``get_seq_length`` and ``update``.
+            mask: ``[B, S]``, the columns that are no padding; or what attention is given,
+                ``[B, 1, n, S]``.
+            window: Tokens that a query sees; 0: all before it.
+        """
         past, (batch, new) = cache.get_seq_length(), ids.shape
         at = torch.arange(new) + past
         x: Tensor = self.embed(ids) + at[:, None].sin()
@@ -64,7 +74,12 @@ class Sites(nn.Module):
             qkv = x.view(batch, new, -1, DIM).transpose(1, 2)
             q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
             k, v = cache.update(k, v, layer)
-            seen = torch.arange(past + new) <= at[:, None]
+            kv = torch.arange(past + new)
+            seen = kv <= at[:, None]
+            if window:
+                seen = seen & (kv > at[:, None] - window)
+            if mask is not None:
+                seen = mask if mask.dim() == 4 else seen & mask[:, None, None, :]
             a = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
             x = x + mix(a.transpose(1, 2).reshape(batch, new, -1))
         return x
