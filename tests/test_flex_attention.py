@@ -181,6 +181,14 @@ def test_without_a_block_mask_every_key_is_seen() -> None:
     assert (ctx.sites[0].scale, ctx.sites[0].is_causal) == (0.5, False)
 
 
+def test_an_lse_that_nothing_reads_is_no_hindrance() -> None:
+    """As on CUDA, where transformers asks for it always and drops it."""
+    program = attend(mask_mod=None, result=lambda out: (out[0], out[1].half())[0], return_lse=True)
+    gm, ctx = found(program)
+    assert not ctx.declines
+    assert len(called(gm, ATTENTION)) == 1
+
+
 def _reads_rows(q: Tensor, keys: Tensor) -> MaskMod:
     table = torch.ones(2, 5, dtype=torch.bool)
     return lambda b, h, i, j: (j <= i) & table[b].any()
