@@ -65,19 +65,29 @@ class Ops(TorchDispatchMode):
 
 
 class Lines:
-    """Raises ``KeyboardInterrupt`` at line or return ``at`` of the package (None: only counts)."""
+    """Raises ``KeyboardInterrupt`` at line or return ``at`` of the package (None: only counts).
+
+    The garbage collector rests meanwhile. It may start in the middle of any instruction, and where
+    the trace function raised in a finaliser that it called, CPython 3.11 went on with a stack that
+    was off by one in the frame it had interrupted (``'traceback' object is not callable``). A
+    signal is only handled between two instructions.
+    """
 
     def __init__(self, at: int | None) -> None:
         self.count = 0
         self.place = ""
         self._at = at
+        self._collects = gc.isenabled()
 
     def __enter__(self) -> Lines:
+        gc.disable()
         sys.settrace(self._trace)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(None)
+        if self._collects:
+            gc.enable()
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         if not frame.f_code.co_filename.startswith(_FOLDERS):
