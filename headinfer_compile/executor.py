@@ -300,9 +300,10 @@ class CompiledGraph:
     ) -> _Plan:
         # Kept by the session: another thread may run this graph over another cache.
         plans: dict[tuple[int, int | None], _Plan] = session.plans
-        if (spec, next_spec) not in plans:
-            plans[spec, next_spec] = self._make_plan(session, spec, next_spec)
-        return plans[spec, next_spec]
+        plan = plans.get((spec, next_spec))
+        if plan is None:
+            plan = plans[spec, next_spec] = self._make_plan(session, spec, next_spec)
+        return plan
 
     def _make_plan(self, session: Session, spec: int, next_spec: int | None) -> _Plan:
         key = chained_key(session, spec, next_spec, self.site_specs[0], self.config)

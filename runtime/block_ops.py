@@ -100,9 +100,10 @@ def _kernel(
         fixed_shape=fixed,
         soft_cap=spec.soft_cap is not None,
     )
-    if request not in session.kernels:
-        session.kernels[request] = select(request)
-    return session.kernels[request]
+    kernel = session.kernels.get(request)
+    if kernel is None:
+        kernel = session.kernels[request] = select(request)
+    return kernel
 
 
 def _attend(

@@ -7,6 +7,7 @@ are placed once and never move, grow or are copied again. Of R stored rows each 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -48,17 +49,24 @@ class TokenBlock:
     @property
     def groups(self) -> Rows:
         """Batch rows that read one stored row, as a canonical map."""
-        return canonical(self.rows)
+        return _groups_and_stored(self.rows)[0]
 
     @property
     def stored_rows(self) -> Rows:
         """The row of a page for each of ``groups``."""
-        return tuple(self.rows[row] for row in first_readers(self.groups))
+        return _groups_and_stored(self.rows)[1]
 
     @property
     def is_plain(self) -> bool:
         """Each batch row has the row of its own number in a page of ``tokens`` tokens."""
         return self.whole and self.rows == tuple(range(self.num_rows))
+
+
+# Asked at every transfer, of the same few maps.
+@functools.lru_cache(maxsize=1024)
+def _groups_and_stored(rows: Rows) -> tuple[Rows, Rows]:
+    groups = canonical(rows)
+    return groups, tuple(rows[row] for row in first_readers(groups))
 
 
 @dataclass

@@ -264,10 +264,11 @@ class Session(Store):
         """The KV blocks of the current step for one class of sites."""
         step = self.step
         assert step is not None
-        if spec not in step.blocks:
+        found = step.blocks.get(spec)
+        if found is None:
             tokens = self.layout(step.phase).slot_tokens
-            step.blocks[spec] = group_blocks(step, spec, self.table.blocks, tokens)
-        return step.blocks[spec]
+            found = step.blocks[spec] = group_blocks(step, spec, self.table.blocks, tokens)
+        return found
 
     def query_chunks(self, index: int) -> int:
         """Query chunks of spec ``index`` in this step, so that accumulators fit the workspace."""
