@@ -43,6 +43,8 @@ def spawn(*args: str, **env: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what it runs in the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -289,11 +291,15 @@ def test_an_interrupt_ends_a_process_with_130(tiny_checkpoint: Path) -> None:
     process = spawn(
         "generate", str(tiny_checkpoint), *FAST, "--prompt", PROMPT, "--max-new-tokens", "100000",
     )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
 
