@@ -26,6 +26,18 @@ _SDPA = (
 _SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
+_FLASH = ("flash_attn._flash_attn_forward", "flash_attn_3._flash_attn_forward")
+_FLASH_READ = (
+    "q", "k", "v", "softmax_scale", "causal", "window_size_left", "window_size_right", "softcap",
+)  # fmt: skip
+_FLASH_SPEED = (
+    "return_softmax", "rotary_interleaved", "scheduler_metadata", "num_splits", "pack_gqa",
+    "sm_margin", "deterministic",
+)  # fmt: skip
+"""Arguments that change no value of the output. Of all others only zero, False and None are
+known: rotary embeddings, pages, lengths, chunks, scales of fp8, ..."""
+
+
 @dataclass
 class Attention:
     """One attention over the K and V of one cache update."""
@@ -61,7 +73,7 @@ def reader(node: Node) -> Callable[[Node], Attention] | None:
     if node.target in _SDPA:
         return read_sdpa
     name = getattr(node.target, "_qualified_op_name", None) or str(node.target)
-    if name.replace("::", ".").removesuffix(".default") == "flash_attn._flash_attn_forward":
+    if name.replace("::", ".").removesuffix(".default") in _FLASH:
         return read_flash
     return None
 
@@ -90,17 +102,19 @@ def read_sdpa(node: Node) -> Attention:
 
 
 def read_flash(node: Node) -> Attention:
-    """Read ``flash_attn._flash_attn_forward``: ``[B, n, H, D]`` in, ``(out, lse, ...)`` out.
+    """Read FlashAttention-2's or 3's operator: ``[B, n, H, D]`` in, ``(out, lse, ...)`` out.
 
     Raises:
-        UnsupportedError: It is no attention over one cache update, or has dropout or ALiBi slopes.
+        UnsupportedError: It is no attention over one cache update, or is given what a site has not,
+            such as dropout, ALiBi slopes or lengths.
     """
     schema = node.target.default._schema if hasattr(node.target, "default") else node.target._schema  # type: ignore[union-attr]
     named: dict[str, Argument] = {a.name: a.default_value for a in schema.arguments}
     named.update(zip(named, node.args, strict=False))
     named.update(node.kwargs)
-    if named["dropout_p"] != 0.0 or named["alibi_slopes"] is not None:
-        raise UnsupportedError("dropout or ALiBi slopes are given")
+    for name, value in named.items():
+        if name not in (*_FLASH_READ, *_FLASH_SPEED) and (isinstance(value, Node) or value):
+            raise UnsupportedError(f"its argument {name} is {value}")
     left = static_int(named["window_size_left"], "the window")
     right = static_int(named["window_size_right"], "the window")
     causal = bool(named["causal"])

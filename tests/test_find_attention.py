@@ -47,40 +47,78 @@ def _clean() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+FLASH3_SCHEMA = (
+    "_flash_attn_forward(Tensor q, Tensor k, Tensor v, Tensor? k_new=None, Tensor? v_new=None, "
+    "Tensor? qv=None, Tensor? cu_seqlens_q=None, Tensor? page_table=None, "
+    "Tensor? leftpad_k=None, float? softmax_scale=None, bool causal=False, "
+    "SymInt window_size_left=-1, SymInt window_size_right=-1, SymInt attention_chunk=0, "
+    "float softcap=0.0, bool rotary_interleaved=True, SymInt num_splits=1, bool? pack_gqa=None, "
+    "SymInt sm_margin=0) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+"""Of the operator of the package for Hopper, what a call without variable lengths may name."""
+
+
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, left: int, cap: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
+    n, total = scores.shape[-2:]
+    ahead = torch.arange(total) - (torch.arange(n)[:, None] + total - n)
+    if causal:
+        scores = scores.masked_fill(ahead > 0, float("-inf"))
+    if left >= 0:
+        scores = scores.masked_fill(ahead < -left, float("-inf"))
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+    return out, scores.logsumexp(-1), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
+
+
+def flash2_forward(
+    q: Tensor, k: Tensor, v: Tensor, p: float, scale: float, causal: bool, left: int, right: int,
+    cap: float, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return written_out(q, k, v, scale, causal, left, cap)
+
+
+def flash3_forward(
+    q: Tensor, k: Tensor, v: Tensor, k_new: None = None, v_new: None = None, qv: None = None,
+    cu_seqlens_q: None = None, page_table: None = None, leftpad_k: None = None,
+    softmax_scale: float | None = None, causal: bool = False, left: int = -1, right: int = -1,
+    attention_chunk: int = 0, softcap: float = 0.0, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    scale = softmax_scale if softmax_scale is not None else float(q.shape[-1] ** -0.5)
+    return written_out(q, k, v, scale, causal, left, softcap)
+
+
 @pytest.fixture
-def flash() -> Iterator[Any]:
-    """``torch.ops.flash_attn._flash_attn_forward``; its schema with plain maths if absent."""
-    if importlib.util.find_spec("flash_attn") is not None:
-        importlib.import_module("flash_attn")
-        yield torch.ops.flash_attn._flash_attn_forward
-        return
-    library = torch.library.Library("flash_attn", "FRAGMENT")
-    library.define(FLASH_SCHEMA)
+def flash() -> Iterator[None]:
+    """``_flash_attn_forward`` of ``torch.ops.flash_attn`` and ``torch.ops.flash_attn_3``.
 
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, p: float, scale: float, causal: bool, left: int,
-        right: int, cap: float, *_: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-        scores = cap * torch.tanh(scores / cap) if cap > 0 else scores
-        n, total = scores.shape[-2:]
-        ahead = torch.arange(total) - (torch.arange(n)[:, None] + total - n)
-        if causal:
-            scores = scores.masked_fill(ahead > 0, float("-inf"))
-        if left >= 0:
-            scores = scores.masked_fill(ahead < -left, float("-inf"))
-        out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
-        return out, scores.logsumexp(-1), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
+    The packages' operators, or their schemas with plain maths where a package is absent.
+    """
+    packages = {
+        "flash_attn": ("flash_attn", FLASH_SCHEMA, flash2_forward),
+        "flash_attn_3": ("flash_attn_interface", FLASH3_SCHEMA, flash3_forward),
+    }
+    libraries = []
 
-    def fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def fake(q: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
         return torch.empty_like(q), lse, q.new_empty(0), q.new_empty(2, dtype=torch.int64)
 
-    library.impl("_flash_attn_forward", forward, "CompositeExplicitAutograd")
-    torch.library.register_fake("flash_attn::_flash_attn_forward", fake, lib=library)
-    yield torch.ops.flash_attn._flash_attn_forward
-    library._destroy()
+    for namespace, (package, schema, forward) in packages.items():
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(package)
+            continue
+        library = torch.library.Library(namespace, "FRAGMENT")
+        library.define(schema)
+        library.impl("_flash_attn_forward", forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::_flash_attn_forward", fake, lib=library)
+        libraries.append(library)
+    yield
+    for library in libraries:
+        library._destroy()
 
 
 def grouped(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,6 +168,18 @@ def flash_program(**changed: Any) -> Program:
     return program
 
 
+def flash3_program(**options: Any) -> Program:
+    """A program over FlashAttention-3's operator with ``options``."""
+
+    def program(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (x.transpose(1, 2) for x in cache.update(k, v, 0))
+        op = torch.ops.flash_attn_3._flash_attn_forward
+        result: Tensor = op(q.transpose(1, 2), keys, values, **options)[0].transpose(1, 2)
+        return result
+
+    return program
+
+
 @pytest.mark.parametrize(
     ("program", "scale"),
     [
@@ -142,19 +192,21 @@ def flash_program(**changed: Any) -> Program:
         (flash_program(causal=False), 0.4),
         (flash_program(window_size_left=7), 0.4),
         (flash_program(softcap=0.5, window_size_left=30, window_size_right=0), 0.4),
+        (flash3_program(causal=True, num_splits=2), DIM**-0.5),
+        (flash3_program(causal=True, window_size_left=7, softcap=0.5, softmax_scale=0.4), 0.4),
     ],
     ids=[
-        *(
-            "gqa",
-            "repeat_kv",
-            "interleave",
-            "is_causal",
-            "unmasked",
-            "flash",
-            "flash_full",
-            "flash_window",
-        ),
+        "gqa",
+        "repeat_kv",
+        "interleave",
+        "is_causal",
+        "unmasked",
+        "flash",
+        "flash_full",
+        "flash_window",
         "flash_cap",
+        "flash3",
+        "flash3_window_cap",
     ],
 )
 def test_found_and_exact(flash: Any, seed: int, program: Program, scale: float) -> None:
@@ -227,6 +279,7 @@ def interleaved(cache: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (interleaved, "its K or V is not the output of a HeadInferCache update"),
         (no_attention, "is no attention that this pass knows"),
         (flash_program(causal=False, window_size_right=4), "reaches 4 tokens ahead"),
+        (flash3_program(causal=True, attention_chunk=64), "its argument attention_chunk is 64"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
