@@ -25,7 +25,8 @@ help:
 	@echo "make demo         the main job on SmolLM2-135M: prompt, answer, where the KV is, same tokens?"
 	@echo "make test         the tests of the CPU, and of the GPU where there is one"
 	@echo "make test-gpu     only the tests that need a GPU"
-	@echo "make test-slow    everything longer; writes benchmarks/results/test_slow.json"
+	@echo "make test-slow    everything longer; writes benchmarks/results/test_slow.json;"
+	@echo "                  ARGS='--last-failed --report-merge': what failed, once more"
 	@echo "make test-oldest  graphs and tokens on $(OLDEST)"
 	@echo "make bench        a benchmark: CASE=decode ARGS='--context 128K --synthetic'; lists them without CASE"
 	@echo "make bench-ci     regressions against benchmarks/baseline.json; ACCEPT=1 writes it anew"
@@ -45,7 +46,7 @@ test-gpu: $(STAMPS)/test
 	$(PY) -m pytest -m "gpu and not slow"
 
 test-slow: $(STAMPS)/test
-	$(PARALLEL) $(PY) -m pytest -n 2 --dist worksteal -m slow \
+	$(PARALLEL) $(PY) -m pytest -n 2 --dist worksteal -m slow $(ARGS) \
 		--report benchmarks/results/test_slow.json
 
 test-oldest: $(STAMPS)/oldest

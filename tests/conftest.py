@@ -25,16 +25,24 @@ pytest.register_assert_rewrite("harness")
 
 
 class Report:
-    """Collects outcomes and writes them as JSON when the session ends."""
+    """Collects outcomes and writes them as JSON when the session ends.
 
-    def __init__(self, path: Path, command: str) -> None:
+    With ``merge``, what the file says of tests that are not run again stays: the whole takes an
+    hour, and a failure of one test is mended in a minute. Each row has its date.
+    """
+
+    def __init__(self, path: Path, command: str, merge: bool) -> None:
         self.path = path
         self.command = command
         self.start = time.perf_counter()
         self.tests: dict[str, dict[str, Any]] = {}
+        self.before: list[dict[str, Any]] = []
+        if merge and path.exists():
+            self.before = json.loads(path.read_text(encoding="ascii"))["tests"]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        entry = self.tests.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
+        new = {"outcome": "passed", "seconds": 0.0, "date": _now()}
+        entry = self.tests.setdefault(report.nodeid, new)
         entry["seconds"] = round(entry["seconds"] + report.duration, 3)
         if report.failed:
             entry["outcome"] = "failed"
@@ -42,17 +50,23 @@ class Report:
             entry["outcome"] = "skipped"
 
     def pytest_sessionfinish(self) -> None:
-        outcomes = [entry["outcome"] for entry in self.tests.values()]
+        rows = [row for row in self.before if row["test"] not in self.tests]
+        rows += [{"test": name, **entry} for name, entry in self.tests.items()]
+        outcomes = [row["outcome"] for row in rows]
         record = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": _now(),
             "command": self.command,
             "versions": versions(),
             **{name: outcomes.count(name) for name in ("passed", "failed", "skipped")},
             "seconds": round(time.perf_counter() - self.start, 1),
-            "tests": [{"test": name, **entry} for name, entry in self.tests.items()],
+            "tests": rows,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(record, indent=1) + "\n", encoding="ascii")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
@@ -69,6 +83,9 @@ def versions() -> dict[str, str]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", metavar="FILE", help="write outcomes and times as JSON to FILE")
     parser.addoption(
+        "--report-merge", action="store_true", help="keep the rows of FILE that are not run again"
+    )
+    parser.addoption(
         "--models-report", metavar="FILE", help="write the table of models (Markdown) to FILE"
     )
 
@@ -79,7 +96,9 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--report")
     command = shlex.join(["pytest", *config.invocation_params.args])
     if path:
-        config.pluginmanager.register(Report(config.rootpath / path, command))
+        config.pluginmanager.register(
+            Report(config.rootpath / path, command, config.getoption("--report-merge"))
+        )
     table = config.getoption("--models-report")
     if table:
         report = ModelsReport(config.rootpath / table, command, versions())

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 
 from harness import (
-    MAX_LOGIT_DIFFERENCE,
     CompiledModel,
     assert_same,
     assert_written_once,
     clean_dynamo,
     generate,
-    random_ids,
 )
 from headinfer_compile.passes.context import AttentionSite
 from model_zoo import FAMILIES, Family
@@ -103,20 +101,3 @@ def test_family(family: Family, seed: int, record_property: Callable[[str, objec
         assert_same(run, oracle)
         model.assert_streamed(cache)
         assert_written_once(cache.stats())
-
-
-@pytest.mark.slow
-def test_flex_attention_is_declined_and_exact(seed: int) -> None:
-    """A higher-order operator with its own block mask: no site, materialised, with a reason."""
-    (llama,) = (family for family in FAMILIES if family.name == "Llama 3")
-    with clean_dynamo():
-        model = CompiledModel(dataclasses.replace(llama, attention="flex_attention").make(seed))
-        ids, cache = random_ids(seed, PROMPT), model.cache()
-        got = model.forward(ids, cache, CHUNK)
-        model.resident.config._attn_implementation = "sdpa"
-        want = model.forward(ids, model.resident_cache(), PROMPT)
-    assert float((got - want).abs().max()) <= MAX_LOGIT_DIFFERENCE
-    assert cache.stats().materialised_layers == model.layers
-    assert cache.stats().eager_updates == 0
-    reasons = [decline.reason for graph in model.graphs for decline in graph.report.declines]
-    assert reasons and all("no attention that this pass knows" in reason for reason in reasons)
