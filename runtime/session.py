@@ -264,8 +264,7 @@ class Session(Store):
         """The KV blocks of the current step for one class of sites."""
         step = self.step
         assert step is not None
-        found = step.blocks.get(spec)
-        if found is None:
+        if (found := step.blocks.get(spec)) is None:
             tokens = self.layout(step.phase).slot_tokens
             found = step.blocks[spec] = group_blocks(step, spec, self.table.blocks, tokens)
         return found

@@ -230,6 +230,7 @@ def _documents(q: Tensor, keys: Tensor) -> MaskMod:
     return lambda b, h, i, j: (j <= i + past) & ((number[i + past] == number[j]) | (j < 5 + b + h))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("score_mod", "bias", "rewritten"),
     [(None, 0.0, True), (lambda s, b, h, i, j: s + 0.1 * j, 0.1, False)],

@@ -100,6 +100,7 @@ def test_what_no_element_tells_is_made_in_full() -> None:
     assert sum(in_vmap_machinery(node) for node in graph.gm.graph.nodes) >= 6
 
 
+@pytest.mark.slow
 def test_a_model_with_or_mask_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def masks(*args: Any, **kwargs: Any) -> Any:
         kwargs["or_mask_function"] = lambda b, h, q, kv: kv < 9
