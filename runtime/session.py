@@ -70,7 +70,7 @@ class Session(Store):
         self.max_positions: int | None = None
         """Tokens that the model was made for; one warning is given beyond."""
         self._unsettled = False
-        """A step was begun, and neither ``commit`` nor ``abort`` has come to its end."""
+        """A step or a drain was begun and has not come to its end: the next call aborts first."""
         self._caller = Caller()
         self.claimed_by: tuple[int, int] | None = None
         """The graph and parameter of the last call; any other call is checked by ``claim``."""
@@ -251,6 +251,7 @@ class Session(Store):
 
     def drain(self) -> None:
         """Order all later work after every transfer and reader; no slot is in use afterwards."""
+        unsettled, self._unsettled = self._unsettled, True
         # In this order: compute then stands for the others. D2H itself follows a pack on compute.
         for other in ("h2d", "d2h", "cpu"):
             self.streams.join("compute", other)
@@ -259,6 +260,7 @@ class Session(Store):
             self.slots.forget()
         self.ring, self.base = (NEVER_USED,) * self.config.num_slots, 0
         self.in_flight = ()
+        self._unsettled = unsettled
 
     def kv_blocks(self, spec: SiteSpec) -> tuple[KVBlock, ...]:
         """The KV blocks of the current step for one class of sites."""
@@ -276,11 +278,8 @@ class Session(Store):
         if index not in step.query_chunk:
             layout = self.layout(step.phase)
             heads = geometry.batch * layout.head_group * spec.queries_per_kv
-            masked = (
-                spec.mask.window is not None
-                or spec.mask.expr is not None
-                or any(step.padding.values())
-            )
+            form = spec.mask
+            masked = form.window is not None or form.expr is not None or any(step.padding.values())
             per_query = query_bytes(
                 heads,
                 spec.v_head_dim,

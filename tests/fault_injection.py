@@ -2,7 +2,8 @@
 
 ``Ops`` sees every operator of a compiled call, ours and those that they call. ``Lines`` sees every
 line of the package that runs, clean-up after an error among them: an interrupt of the user comes
-between any two. Both count first and raise at one number later.
+between any two. Both count first and raise at one number later. ``Books`` are what a cache says of
+itself, ``contents`` the numbers that it holds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import headinfer_compile
@@ -65,12 +67,19 @@ class Ops(TorchDispatchMode):
 
 
 class Lines:
-    """Raises ``KeyboardInterrupt`` at line or return ``at`` of the package (None: only counts).
+    """Raises ``KeyboardInterrupt`` at place ``at`` of the package (None: only counts).
 
-    The garbage collector rests meanwhile. It may start in the middle of any instruction, and where
-    the trace function raised in a finaliser that it called, CPython 3.11 went on with a stack that
-    was off by one in the frame it had interrupted (``'traceback' object is not callable``). A
-    signal is only handled between two instructions.
+    Places are the lines that run, the returns, and the returns of C functions called. Python itself
+    handles a signal where a function is entered, at a jump backwards and after a call of C code, so
+    these are all places that Ctrl-C can come to, and more: a line without a call, too.
+
+    The trace function is held while it is set. CPython 3.11 does not hold it where it makes a frame
+    object for a function that is entered: that may start the garbage collector, which may call a
+    traced ``__del__``, and if the trace function raises in it, it is unset and freed. What has its
+    memory by then is called (``TypeError: 'traceback' object is not callable``). Ten lines without
+    this package do the same, and not if they hold the function. A signal frees nothing.
+
+    The garbage collector rests meanwhile, so that the places of two runs are the same.
     """
 
     def __init__(self, at: int | None) -> None:
@@ -78,14 +87,18 @@ class Lines:
         self.place = ""
         self._at = at
         self._collects = gc.isenabled()
+        self._held = (self._trace, self._profile)
 
     def __enter__(self) -> Lines:
         gc.disable()
-        sys.settrace(self._trace)
+        trace, profile = self._held
+        sys.setprofile(profile)
+        sys.settrace(trace)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(None)
+        sys.setprofile(None)
         if self._collects:
             gc.enable()
 
@@ -93,11 +106,18 @@ class Lines:
         if not frame.f_code.co_filename.startswith(_FOLDERS):
             return None
         if event in ("line", "return"):
-            self.count += 1
-            if self.count - 1 == self._at:
-                self.place = f"{frame.f_code.co_filename}:{frame.f_lineno} ({event})"
-                raise KeyboardInterrupt(self.place)
-        return self._trace
+            self._count(frame, event)
+        return self._held[0]
+
+    def _profile(self, frame: FrameType, event: str, called: Any) -> None:
+        if event == "c_return" and frame.f_code.co_filename.startswith(_FOLDERS):
+            self._count(frame, f"return of {called.__name__}")
+
+    def _count(self, frame: FrameType, event: str) -> None:
+        self.count += 1
+        if self.count - 1 == self._at:
+            self.place = f"{frame.f_code.co_filename}:{frame.f_lineno} ({event})"
+            raise KeyboardInterrupt(self.place)
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,26 @@ def books_of(cache: HeadInferCache) -> Books:
         slots_in_use=in_use,
         threads=threading.active_count(),
     )
+
+
+def contents(cache: HeadInferCache) -> list[Tensor]:
+    """Copies of all K and V that later calls read: in pages, in the tail, in transfers under way.
+
+    Two caches with equal books and contents go on alike.
+    """
+    held: list[Tensor] = []
+    session = cache.session
+    if session.geometry is None:
+        return held
+    stored = session.length - session.tail_rows
+    for block in session.table.blocks:
+        rows = max(0, min(block.tokens, stored - block.start))
+        held += [kv[:, :, :rows] for page in block.pages for kv in page]
+    held += [kv[:, :, : session.tail_rows] for page in session.tail.layers for kv in page]
+    if session.slots is not None:
+        busy = [slot.views for slot in session.slots.slots if not slot.released]
+        held += [kv for views in busy if views is not None for kv in views]
+    return [kv.clone() for kv in held]
 
 
 def live_objects() -> Counter[str]:

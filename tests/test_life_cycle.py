@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fault_injection import books_of, live_objects
+from fault_injection import Books, books_of, live_objects
 from harness import (
     CompiledModel,
     Run,
@@ -244,30 +246,80 @@ def test_a_thread_compiles_as_few_graphs_as_the_main_one(seed: int) -> None:
         assert dynamo_graphs() <= 3
 
 
-def flat(model: CompiledModel, generations: int) -> None:
-    """Memory, threads and objects after some generations are those of before."""
-    process, measured = psutil.Process(), []
-    for count in (generations // 3, generations - generations // 3):
-        for index in range(count):
-            cache = model.cache()
-            tokens(model, cache, index, 20 + index % 7)
-            if index % 2:
-                cache.close()
-        del cache
-        measured.append((live_objects(), process.num_threads(), process.memory_info().rss))
-    (live, threads, rss), (live_after, threads_after, rss_after) = measured
-    print(f"{generations} generations: {(rss_after - rss) / 2**20:.1f} MiB more")
-    assert (live_after, threads_after) == (live, threads)
-    assert rss_after - rss < 8 << 20
+@dataclass(frozen=True)
+class Usage:
+    """What the process and a cache that is used again and again hold."""
+
+    live: Counter[str]
+    threads: int
+    files: int
+    books: Books
+    tracked: int = field(compare=False)
+    """Objects that the garbage collector knows."""
+
+    @classmethod
+    def now(cls, cache: HeadInferCache) -> Usage:
+        live, process = live_objects(), psutil.Process()
+        tracked = len(gc.get_objects())
+        return cls(live, process.num_threads(), process.num_fds(), books_of(cache), tracked)
 
 
-def test_generations_in_a_row_leave_nothing(model: CompiledModel) -> None:
-    flat(model, 30)
+def slope(values: Sequence[int]) -> float:
+    """What ``values`` grow by from one to the next, by least squares."""
+    mean, middle = sum(values) / len(values), (len(values) - 1) / 2
+    above = [(at - middle) * (value - mean) for at, value in enumerate(values)]
+    return sum(above) / sum((at - middle) ** 2 for at in range(len(values)))
+
+
+WARM_UP, ROUND = 4, 21
+
+
+def flat(model: CompiledModel, seed: int, rounds: int, turns: int) -> None:
+    """Tokens are the oracle's and nothing grows after the first four of some rounds.
+
+    One turn of a round is 7 prompts, each in a cache that is closed, one that is dropped, and one
+    that is reset and used again.
+    """
+    prompts = [model.prompt(seed + index, 20 + index, NEW) for index in range(7)]
+    rss, books = [], set()
+    with model.cache() as kept:
+        for number in range(rounds):
+            for index in range(turns * ROUND):
+                ids, oracle = prompts[index % len(prompts)]
+                way = ("close", "drop", "reset")[index % 3]
+                cache = kept if way == "reset" else model.cache()
+                assert_same(generate(model.model, ids, cache, NEW), oracle)
+                model.assert_streamed(cache)
+                if way == "reset":
+                    cache.reset()
+                else:
+                    books.add((index % len(prompts), books_of(cache)))
+                if way == "close":
+                    cache.close()
+                del cache
+            if number < WARM_UP:
+                steady = Usage.now(kept)
+                continue
+            rss.append(psutil.Process().memory_info().rss)
+            found = Usage.now(kept)
+            assert found == steady
+            # Less than one a round.
+            assert found.tracked - steady.tracked < rounds
+            del found
+    # What a new cache holds after a prompt is the same each time.
+    assert len(books) == len(prompts)
+    grown = slope(rss) / (turns * ROUND)
+    print(f"{rounds * turns * ROUND} generations: {grown:.0f} bytes more each")
+    assert grown * len(rss) * turns * ROUND < 2 << 20
+
+
+def test_generations_in_a_row_leave_nothing(model: CompiledModel, seed: int) -> None:
+    flat(model, seed, rounds=WARM_UP + 2, turns=1)
 
 
 @pytest.mark.slow
-def test_a_thousand_generations_leave_nothing(model: CompiledModel) -> None:
-    flat(model, 1000)
+def test_a_thousand_generations_leave_nothing(model: CompiledModel, seed: int) -> None:
+    flat(model, seed, rounds=WARM_UP + 12, turns=4)
 
 
 def test_one_cache_for_many_prompts(model: CompiledModel, seed: int) -> None:
