@@ -258,6 +258,15 @@ def assert_same(run: Run, oracle: Run, limit: float = MAX_LOGIT_DIFFERENCE) -> N
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other on tensors as small as those of the tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextmanager
 def clean_dynamo() -> Iterator[None]:
     """Start with no compiled code, as a new process would, and leave none."""
     torch._dynamo.reset()

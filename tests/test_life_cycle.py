@@ -28,6 +28,7 @@ from harness import (
     clean_dynamo,
     dynamo_graphs,
     generate,
+    one_thread,
     random_ids,
     tiny_llama,
 )
@@ -41,16 +42,12 @@ NEW = 4
 @pytest.fixture(scope="module")
 def model() -> Iterator[CompiledModel]:
     """One compiled model for the tests of this file that need no other."""
-    threads = torch.get_num_threads()
-    # Threads only wait for each other on tensors this small.
-    torch.set_num_threads(1)
-    with clean_dynamo():
+    with one_thread(), clean_dynamo():
         made = CompiledModel(tiny_llama(0, layers=2, heads=4, kv_heads=2))
         # The first compilation of a process starts threads of torch's own.
         with made.cache() as cache:
             generate(made.model, random_ids(0, 30), cache, NEW)
         yield made
-    torch.set_num_threads(threads)
 
 
 def tokens(model: CompiledModel, cache: HeadInferCache, seed: int, prompt: int = 30) -> Tensor:

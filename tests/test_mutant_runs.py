@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from harness import clean_dynamo
+from harness import clean_dynamo, one_thread
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.step import KVBlock
 from headinfer_compile.simulator import SimulatedStreams
@@ -50,12 +49,8 @@ FINDS = {
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
     """One model, compiled once for all tests of this file."""
-    threads = torch.get_num_threads()
-    # Threads only wait for each other on tensors this small.
-    torch.set_num_threads(1)
-    with clean_dynamo():
+    with one_thread(), clean_dynamo():
         yield Stage()
-    torch.set_num_threads(threads)
 
 
 def check(name: str, tally: Tally, kinds: frozenset[str]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from edges import Edge, Places, edges_of, killed_by_verifier, ops_in
-from harness import CompiledModel, clean_dynamo, random_ids, tiny_llama
+from harness import CompiledModel, clean_dynamo, one_thread, random_ids, tiny_llama
 from headinfer_compile import HeadInferCache
 from headinfer_compile.errors import HeadInferError, ScheduleError
 from headinfer_compile.race_detector import replay
@@ -33,12 +33,8 @@ SHORT: Calls = (40, *[1] * 14)
 @pytest.fixture(scope="module")
 def model() -> Iterator[CompiledModel]:
     """One model, compiled once for all tests of this file."""
-    threads = torch.get_num_threads()
-    # Threads only wait for each other on tensors this small.
-    torch.set_num_threads(1)
-    with clean_dynamo():
+    with one_thread(), clean_dynamo():
         yield CompiledModel(tiny_llama(0, heads=4, kv_heads=2))
-    torch.set_num_threads(threads)
 
 
 def play(

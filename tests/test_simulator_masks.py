@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness import MAX_LOGIT_DIFFERENCE, clean_dynamo
+from harness import MAX_LOGIT_DIFFERENCE, clean_dynamo, one_thread
 from headinfer_compile import HeadInferCache
 from headinfer_compile.simulator import simulated
 from mutant_runs import LAYERS, VOCAB, Scene, Stage, equal
@@ -100,11 +100,8 @@ class Resident:
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
     """One model for all tests of this file."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with clean_dynamo():
+    with one_thread(), clean_dynamo():
         yield Stage()
-    torch.set_num_threads(threads)
 
 
 def check(stage: Stage, batch: Batch, calls: Sequence[int], scene: Scene, seed: int) -> None:

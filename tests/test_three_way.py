@@ -23,6 +23,7 @@ from harness import (
     assert_same,
     clean_dynamo,
     generate,
+    one_thread,
     random_ids,
     tiny_llama,
     tiny_mistral,
@@ -43,11 +44,8 @@ OFF = {"cpu_attention": "off"}
 @pytest.fixture(scope="module")
 def model() -> Iterator[CompiledModel]:
     """One model for all tests of this file."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with clean_dynamo():
+    with one_thread(), clean_dynamo():
         yield CompiledModel(tiny_llama(0, heads=4, kv_heads=2))
-    torch.set_num_threads(threads)
 
 
 def play(model: CompiledModel, cache: HeadInferCache, calls: Sequence[int]) -> list[Tensor]:
