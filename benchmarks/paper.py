@@ -173,10 +173,12 @@ class PaperAttention(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: PaperCache, **_: Any,
+        cache: PaperCache | None = None, past_key_values: PaperCache | None = None, **_: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        """Attend ``[B, n, hidden]``."""
-        cache, layer = past_key_values, self.layer_idx
+        """Attend ``[B, n, hidden]``; transformers before 5.24 gives ``past_key_values``."""
+        cache = past_key_values if cache is None else cache
+        assert cache is not None
+        layer = self.layer_idx
         past, n = cache.length, hidden_states.shape[1]
         outs = []
         for head in range(cache.heads):

@@ -43,7 +43,7 @@ def answer(
     All of it is passed; ``generate`` feeds what the cache does not hold.
     """
     output = loaded.model.generate(  # type: ignore[operator]
-        conversation, past_key_values=cache, max_new_tokens=new, do_sample=False
+        conversation, cache=cache, max_new_tokens=new, do_sample=False
     )
     assert isinstance(output, torch.Tensor)
     ended = int(output[0, -1]) == loaded.tokenizer.eos_token_id

@@ -39,7 +39,7 @@ def read(loaded: Loaded, cache: HeadInferCache, ids: torch.Tensor, chunk: int) -
     """Fill the cache with ``ids [1, S]``, chunk by chunk; no logits but the last are made."""
     with torch.no_grad():
         for piece in ids.split(chunk, dim=1):
-            loaded.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            loaded.model(piece, cache=cache, use_cache=True, logits_to_keep=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompt = torch.cat([document, loaded.encode(question + after)], dim=1)
             output = loaded.model.generate(  # type: ignore[operator]
                 prompt,
-                past_key_values=cache,
+                cache=cache,
                 max_new_tokens=args.max_new_tokens,
                 do_sample=False,
             )

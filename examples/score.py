@@ -34,7 +34,7 @@ def score(loaded: Loaded, cache: HeadInferCache, ids: torch.Tensor, chunk: int) 
     with torch.no_grad():
         for start in range(0, ids.shape[1], chunk):
             piece = ids[:, start : start + chunk]
-            logits = loaded.model(piece, past_key_values=cache, use_cache=True).logits
+            logits = loaded.model(piece, cache=cache, use_cache=True).logits
             targets = ids[:, start + 1 : start + chunk + 1]
             nats += next_token_nats(logits[:, : targets.shape[1]], targets)
     return nats

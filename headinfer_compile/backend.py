@@ -23,7 +23,7 @@ from headinfer_compile.passes.pipeline import Dump, run_graph_passes
 
 log = logging.getLogger(__name__)
 
-_LENGTH = "past_key_values"
+_CACHES = ("cache", "past_key_values")
 _INPUTS = ("input_ids", "position_ids", "attention_mask", "inputs_embeds")
 _RECOMPILE_LIMIT = 64
 
@@ -41,9 +41,10 @@ def configure_dynamo() -> Callable[[], None]:
         A function that restores what was set before.
     """
     before = torch.compiler.config.dynamic_sources, torch._dynamo.config.recompile_limit
-    names = [f"L['{_LENGTH}'].length", f"L['kwargs']['{_LENGTH}'].length", "L['args'][0]"]
-    names += [f"L['{name}']" for name in _INPUTS]
-    names += [f"L['kwargs']['{name}']" for name in _INPUTS]
+    sources = [*(f"['{name}'].length" for name in _CACHES), *(f"['{name}']" for name in _INPUTS)]
+    # The token ids of a decorated forward, after its ``self`` or not.
+    names = ["L['args'][0]", "L['args'][1]"]
+    names += [f"L{at}{source}" for source in sources for at in ("", "['kwargs']")]
     present = [name for name in before[0].split(",") if name]
     undo = [
         _set_everywhere(torch.compiler.config, "dynamic_sources", ",".join(
@@ -134,7 +135,8 @@ def compile_graph(
     if not updates:
         log.warning(
             "this graph uses no HeadInferCache, so nothing is offloaded and it is compiled with "
-            "Inductor: pass past_key_values=HeadInferCache(model.config) to the call or to generate"
+            "Inductor: pass cache=HeadInferCache(model.config) to the call or to generate "
+            "(past_key_values=... before transformers 5.24)"
         )
         return _without_sites(gm, example_inputs, config)
     if torch.is_grad_enabled() and any(
@@ -274,16 +276,22 @@ def _tuning(config: HeadInferConfig, attentions: Sequence[Node]) -> dict[str, An
 def _batch_inputs(
     placeholders: Sequence[Node], example_inputs: Sequence[Any], updates: Sequence[Node]
 ) -> list[tuple[int, int]]:
-    """Inputs that have the batch of K as a dim, parameters apart, with that dim."""
+    """Inputs that have the batch of K as a dim, the model's own tensors apart, with that dim."""
     k = updates[0].args[1]
     batch = node_value(k).shape[0] if isinstance(k, Node) else None
     found = []
     for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
         fake = node_value(node)
-        if isinstance(fake, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        if isinstance(fake, torch.Tensor) and not _is_state(node, value):
             # As text, which tells symbols apart without a guard.
             found += [(index, d) for d, size in enumerate(fake.shape) if str(size) == str(batch)]
     return found
+
+
+def _is_state(placeholder: Node, value: Any) -> bool:
+    """Whether an input is a parameter or a buffer of the model, by the name that Dynamo gives."""
+    name = placeholder.name
+    return isinstance(value, torch.nn.Parameter) or ("_modules_" in name and "_buffers_" in name)
 
 
 # Before the first call is traced: Dynamo reads these settings when it builds the first guards.

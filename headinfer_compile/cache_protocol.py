@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import Cache
 
@@ -10,6 +12,11 @@ from headinfer_compile.linear_states import LinearStates
 from headinfer_compile.runtime.batch import select_rows
 from headinfer_compile.runtime.ops import session_of
 from headinfer_compile.runtime.session import Session
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """The argument that ``model`` takes its cache by: ``cache`` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class CacheProtocol(Cache):

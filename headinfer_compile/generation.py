@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from headinfer_compile.cache_protocol import cache_argument
 from headinfer_compile.tables import live_bytes
 
 
@@ -152,8 +153,8 @@ def run_generate(
         output = generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            past_key_values=cache,
             streamer=stream,
+            **{cache_argument(model): cache},
             **options,
         )
     end = time.perf_counter()

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from headinfer_compile.activations import Activations, activation_model, sizes_of
 from headinfer_compile.cache import HeadInferCache
+from headinfer_compile.cache_protocol import cache_argument
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import OptionError
 from headinfer_compile.known_models import KNOWN_MODELS, known_config
@@ -279,7 +280,7 @@ def _traced(
     with HeadInferCache(model.config, gpu_budget=0, host_budget=_UNLIMITED_BYTES) as cache:
         try:
             with torch.no_grad():
-                model(ids, past_key_values=cache, logits_to_keep=1)
+                model(ids, logits_to_keep=1, **{cache_argument(model): cache})
         except _Stop:
             pass
     found = trace.activations

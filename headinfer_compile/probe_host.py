@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from headinfer_compile.backend import headinfer
 from headinfer_compile.cache import HeadInferCache
+from headinfer_compile.cache_protocol import cache_argument
 
 _PAGE, _TAIL = 64, 64
 _STEPS = 24
@@ -61,8 +62,8 @@ def _step_seconds(model: Any, device: torch.device, blocks: int, gpu_budget: int
                 positions = torch.full((1, 1), past, dtype=torch.int64, device=device)
                 start = time.perf_counter()
                 model(
-                    ids, position_ids=positions, past_key_values=cache, use_cache=True,
-                    logits_to_keep=1,
+                    ids, position_ids=positions, use_cache=True, logits_to_keep=1,
+                    **{cache_argument(model): cache},
                 )  # fmt: skip
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)

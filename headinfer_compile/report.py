@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from headinfer_compile.cache import HeadInferCache
+from headinfer_compile.cache_protocol import cache_argument
 from headinfer_compile.config import HeadInferConfig, parse_bytes, parse_tokens
 from headinfer_compile.errors import DoesNotFitError, HeadInferError, OptionError
 from headinfer_compile.explanation import Call, Explanation, GraphExplanation
@@ -58,8 +59,8 @@ def explain(
             ``"25GB/s"``; None: as ``headinfer probe`` has measured here, else assumed. With
             ``context`` and no GPU here, a card of 24 GiB is assumed, and the report says so.
         tflops: For the predicted times: peak of matrix products, 1e12 operations a second.
-        kwargs: With ``args``: keyword arguments of the call; ``past_key_values`` is a new
-            ``HeadInferCache`` unless given. With ``context``: ``batch``, ``dtype`` (a torch dtype),
+        kwargs: With ``args``: keyword arguments of the call; its cache is a new ``HeadInferCache``
+            unless one is given. With ``context``: ``batch``, ``dtype`` (a torch dtype),
             and the budgets and sizes of ``HeadInferCache``, by default ``gpu_budget=0`` and a
             ``host_budget`` without end.
 
@@ -129,13 +130,14 @@ def _explain_call(
     config: HeadInferConfig, machine: Machine,
 ) -> Explanation:  # fmt: skip
     kwargs = dict(kwargs)
-    cache = kwargs.get("past_key_values")
-    given = isinstance(cache, HeadInferCache)
-    if not given:
-        if not isinstance(model, PreTrainedModel):
-            raise OptionError("give past_key_values=HeadInferCache.from_shape(...) for this model")
-        cache = kwargs["past_key_values"] = HeadInferCache(model.config)
-    assert isinstance(cache, HeadInferCache)
+    found = [value for value in (*args, *kwargs.values()) if isinstance(value, HeadInferCache)]
+    if found:
+        cache = found[0]
+    elif isinstance(model, PreTrainedModel):
+        cache = kwargs[cache_argument(model)] = HeadInferCache(model.config)
+    else:
+        argument = cache_argument(model)
+        raise OptionError(f"give {argument}=HeadInferCache.from_shape(...) for this model")
     recorder = Recorder(config, RecordedGraph, model)
     past = cache.get_seq_length()
     try:
@@ -146,7 +148,7 @@ def _explain_call(
         title = f"{type(model).__name__}: one call"
         return Explanation(title, tuple(graphs), cache.stats())
     finally:
-        if not given:
+        if not found:
             cache.close()
 
 
@@ -180,7 +182,8 @@ def _explain_context(
             if start not in names:
                 _skip_chunk(recorder.graphs[-1], cache, start, new)
                 continue
-            meta(torch.empty(batch, new, dtype=torch.int64, device="meta"), past_key_values=cache)
+            ids = torch.empty(batch, new, dtype=torch.int64, device="meta")
+            meta(ids, **{cache_argument(meta): cache})
             name = f"{names[start]}: {new:,} new tokens after {start:,}"
             graphs += _explanations(recorder, machine, name)
         session = cache.session

@@ -236,8 +236,8 @@ def tidy_graph(text: str) -> str:
     for pattern, short in (
         (r"\b[lL]_(\w+?)_?\b", r"\1"),
         (r"\bself_modules_(\w+?)_parameters_(weight|bias)\b", r"\1_\2"),
-        (r"\bpast_key_values_handle\b", "handle"),
-        (r"\bpast_key_values_length\b", "past"),
+        (r"\b(past_key_values|cache)_handle\b", "handle"),
+        (r"\b(past_key_values|cache)_length\b", "past"),
         (r"_default\b", ""),
         (r"\btorch\.ops\.headinfer\.(\w+?)(\.default)?\(", r"headinfer.\1("),
         (r"\btorch\._C\._nn\.", "F."),

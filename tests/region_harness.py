@@ -38,6 +38,7 @@ DYNAMIC_SOURCES = ",".join(
         ("position_ids", ""),
         ("attention_mask", ""),
         ("past_key_values", ".length"),
+        ("cache", ".length"),
     )
     for prefix in ("", "['kwargs']")
 )

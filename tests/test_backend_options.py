@@ -119,7 +119,7 @@ def test_a_model_without_our_cache(seed: int, caplog: pytest.LogCaptureFixture) 
     messages = [r.message for r in caplog.records if r.name == "headinfer_compile.backend"]
     assert messages
     assert "nothing is offloaded" in messages[0]
-    assert "past_key_values=HeadInferCache(model.config)" in messages[0]
+    assert "cache=HeadInferCache(model.config)" in messages[0]
 
 
 def test_an_attention_that_is_not_known(seed: int, caplog: pytest.LogCaptureFixture) -> None:

@@ -34,7 +34,7 @@ SOURCES = [
     f"L{prefix}['{name}']{suffix}"
     for prefix in ("", "['kwargs']")
     for name, suffix in [
-        ("past_key_values", ".length"),
+        *((name, ".length") for name in ("cache", "past_key_values")),
         *((name, "") for name in ("input_ids", "position_ids", "attention_mask")),
     ]
 ]
