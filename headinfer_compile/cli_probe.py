@@ -14,6 +14,7 @@ from headinfer_compile.config import format_bytes
 from headinfer_compile.errors import HeadInferError
 from headinfer_compile.machine import MachineProfile, load_profile, profile_path, save_profile
 from headinfer_compile.probe import probe as measure
+from headinfer_compile.runtime.host_build import library_origin
 
 
 def probe(
@@ -38,10 +39,12 @@ def probe(
         found = measure()
         save_profile(found)
     if as_json:
-        print(json.dumps({**found.to_json(), "path": str(profile_path())}))
+        more = {"host_kernel": library_origin(), "path": str(profile_path())}
+        print(json.dumps({**found.to_json(), **more}))
     else:
         console = Console(highlight=False)
         console.print(_table(found))
+        console.print(f"kernel of attention on the CPU: {library_origin()}", soft_wrap=True)
         console.print(f"kept in {profile_path()}", soft_wrap=True)
 
 

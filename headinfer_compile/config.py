@@ -99,7 +99,7 @@ class HeadInferConfig:
     cpu_attention: float | Literal["auto", "off"] = "off"
     """Share, 0 to 1, of the host blocks that the CPU attends in decode, where they lie, while the
     others are transferred. ``"auto"``: moved from step to step until both finish together.
-    ``"off"``: none. Needs a C++ compiler, once."""
+    ``"off"``: none. Needs a C++ compiler, once, unless the wheel carries the kernel."""
     verify: bool = True
     """Prove every new schedule before it runs; costs some 10 us per node, once per plan key."""
     strict: bool = False

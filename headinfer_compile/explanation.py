@@ -96,6 +96,8 @@ class StepPlan:
     d2h_bytes: int
     cpu_bytes: int
     """K and V that the CPU attends where they lie."""
+    cpu_kernel: str | None
+    """Where the kernel that does so comes from; None where none does."""
     schedules: tuple[SiteSchedule, ...]
     sites: tuple[SiteRun, ...]
     """In the order they run."""

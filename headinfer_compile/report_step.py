@@ -14,6 +14,7 @@ from headinfer_compile.passes.schedule import PlanContext, PlanKey, Schedule
 from headinfer_compile.plan_key import chained_key
 from headinfer_compile.prediction import Prediction, RegionWork, StepCall, predict
 from headinfer_compile.report_graphs import RecordedGraph
+from headinfer_compile.runtime.host_build import library_origin
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.step import Step
 from headinfer_compile.site_ops import SiteOp, StepShape, site_ops
@@ -55,6 +56,7 @@ def explain_step(graph: RecordedGraph, machine: Machine) -> StepPlan | None:
         query_chunk=max(step.query_chunk.values()),
         h2d_bytes=_streamed_bytes(graph.keys.values(), shape),
         cpu_bytes=_cpu_bytes(graph.keys.values(), shape),
+        cpu_kernel=library_origin() if any(key.cpu for key in graph.keys.values()) else None,
         d2h_bytes=d2h_rows * geometry.layer_token_bytes * len(graph.keys),
         schedules=tuple(schedules),
         sites=tuple(

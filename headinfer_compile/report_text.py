@@ -166,6 +166,7 @@ def _plan(step: StepPlan) -> Iterator[str]:
     if step.cpu_bytes:
         count = step.cpu_bytes
         yield f"attends on the CPU  {format_bytes(count):>10} a step ({count:,} bytes)"
+        yield f"kernel on the CPU: {step.cpu_kernel}"
 
 
 def _predicted(step: StepPlan) -> Iterator[str]:

@@ -1,79 +1,105 @@
-"""Builds the host attention library on first use and keeps it in torch's folder for extensions.
+"""The host attention library: the one that the wheel carries, or one built on first use.
 
-The source includes neither torch nor CUDA headers, so a plain compiler call does, takes seconds and
-needs no ninja; one build serves every machine of its architecture, since the instruction set is
-chosen at run time.
+The source includes neither torch nor CUDA headers, so one library serves every torch, Python and
+machine of its architecture. Where the wheel carries none that fits, a plain compiler call makes one
+in seconds, needs no ninja, and keeps it in torch's folder for extensions.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import subprocess
-import tempfile
+import shutil
 from pathlib import Path
 
 from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root
 
+from headinfer_compile.runtime.host_compile import (
+    FLAGS,
+    FOLDER,
+    STEM,
+    compile_library,
+    library_name,
+)
+
 log = logging.getLogger(__name__)
-
-_FOLDER = Path(__file__).resolve().parent
-_SOURCE = "host_attention.cpp"
-_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-pthread")
-_TIMEOUT_SECONDS = 300
-
-
-def source_files() -> list[Path]:
-    """The files that the library is made of."""
-    return sorted([_FOLDER / _SOURCE, *_FOLDER.glob("host_attention*.h")])
 
 
 @functools.cache
 def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
-    """The library, built if it has to be; None, said once, where that is not possible.
+    """The library, built if it has to be; where it comes from, or that there is none, is said once.
 
     Args:
-        flags: More for the compiler, to try another kernel.
+        flags: More for the compiler, to try another kernel; such a one is always built.
     """
+    carried = None if flags else prebuilt()
+    if carried is not None:
+        return carried
     compiler = get_cxx_compiler()
     try:
-        return ctypes.CDLL(str(_built(compiler, (*_FLAGS, *flags))))
-    except FileNotFoundError:
-        reason = f"there is no C++ compiler {compiler!r} (CXX names another one)"
-    except subprocess.CalledProcessError as error:
-        lines = (error.stderr or "").strip().splitlines()
-        # Where the file was included from comes first.
-        said = [line for line in lines if "error:" in line] or lines
-        reason = f"{compiler} failed: {said[0] if said else error}"
-    except (subprocess.TimeoutExpired, OSError) as error:
-        reason = str(error)
-    log.warning("no KV is attended on the CPU, its kernel could not be built: %s", reason)
+        target = built_path(compiler, flags)
+        made = _make(compiler, flags, target)
+        found = ctypes.CDLL(str(target))
+    except OSError as error:
+        log.warning("no KV is attended on the CPU, its kernel could not be built: %s", error)
+        return None
+    log.info("attention on the CPU: kernel built %s, %s", made, target)
+    return found
+
+
+@functools.cache
+def prebuilt() -> ctypes.CDLL | None:
+    """The library that came with the package; None where there is none that fits.
+
+    It is trusted as the modules beside it are. Said once: that it is there, or does not fit.
+    """
+    path = FOLDER / library_name(*FLAGS)
+    if path.is_file():
+        try:
+            found = ctypes.CDLL(str(path))
+        except OSError as error:
+            log.warning("attention on the CPU: the prebuilt kernel does not load: %s", error)
+            return None
+        log.info("attention on the CPU: kernel prebuilt, %s", path)
+        return found
+    for other in sorted(FOLDER.glob(f"{STEM}_*.so")):
+        log.info("attention on the CPU: %s is of another machine or source, not used", other)
     return None
 
 
-def _built(compiler: str, flags: tuple[str, ...]) -> Path:
-    """The path of the shared library for this source, these flags and this architecture."""
-    digest = hashlib.sha256(repr((compiler, flags, platform.machine())).encode())
-    for path in source_files():
-        digest.update(path.read_bytes())
+def library_origin() -> str:
+    """Where the library comes from, or would: nothing is built to tell."""
+    if prebuilt() is not None:
+        return "prebuilt"
+    compiler = get_cxx_compiler()
+    if built_path(compiler).exists():
+        return f"built by {compiler}"
+    if shutil.which(compiler):
+        return f"built on first use, by {compiler}"
+    return f"none, there is no C++ compiler {compiler!r}"
+
+
+def built_path(compiler: str, flags: tuple[str, ...] = ()) -> Path:
+    """Where the library of these sources and flags is kept for this architecture."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    target = root / "headinfer_compile" / f"host_attention_{digest.hexdigest()[:16]}.so"
+    return root / "headinfer_compile" / library_name(compiler, *FLAGS, *flags)
+
+
+def _make(compiler: str, flags: tuple[str, ...], target: Path) -> str:
+    """Have the library ``target``; returns when and how it was built, for a log.
+
+    Raises:
+        OSError: It could not be built, or others can write it.
+    """
     if target.exists():
         found = target.stat()
         if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
             raise PermissionError(f"{target} is not this user's alone and is not loaded: remove it")
-        return target
+        return "before"
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Built aside and moved: two processes that build at once both end with a whole file.
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        command = [compiler, *flags, str(_FOLDER / _SOURCE), "-o", str(made)]
-        subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
-        )
-        made.replace(target)
-    return target
+    reason = compile_library(compiler, (*FLAGS, *flags), target)
+    if reason is not None:
+        raise OSError(reason)
+    return f"now by {compiler}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -13,10 +14,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "headinfer_compile"
-#: Import name of each folder that holds the package's code.
-FOLDERS = {PACKAGE: PACKAGE, "passes": f"{PACKAGE}.passes", "runtime": f"{PACKAGE}.runtime"}
+from packaging_harness import FOLDERS, PACKAGE, ROOT, copy_tree
+
 #: Layers, lowest first: a module imports its own layer and those below.
 BASE = {f"{PACKAGE}.config", f"{PACKAGE}.errors"}
 MODEL_NAMES = re.compile(
@@ -36,7 +35,8 @@ def sources() -> Iterator[tuple[str, Path]]:
 def python_files() -> list[Path]:
     """Every Python file of the repository, once."""
     folders = [*FOLDERS, "tests", "benchmarks", "examples"]
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    found = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    return sorted({*found, ROOT / "setup.py"})
 
 
 def imported_modules(path: Path, known: set[str]) -> set[str]:
@@ -133,21 +133,15 @@ def test_a_second_copy_of_the_modules_cannot_be_imported(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files of a wheel built from a copy of the tree that has lost its links."""
+    """Files of a pure wheel built from a copy of the tree that has lost its links."""
     pytest.importorskip("setuptools", "77")
-    tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (tree / name).write_bytes((ROOT / name).read_bytes())
-    for folder in FOLDERS:
-        (tree / folder).mkdir()
-        for path in (ROOT / folder).iterdir():
-            if path.is_file():
-                (tree / folder / path.name).write_bytes(path.read_bytes())
+    tree = copy_tree(tmp_path_factory.mktemp("tree"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     out = tmp_path_factory.mktemp("wheel")
     done = subprocess.run(
-        [*command, "--wheel-dir", str(out), str(tree)], capture_output=True, text=True, check=False
-    )
+        [*command, "--wheel-dir", str(out), str(tree)], capture_output=True, text=True, check=False,
+        env={**os.environ, "HEADINFER_PREBUILT": "no"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
         return {name: wheel.read(name).decode() for name in wheel.namelist()}

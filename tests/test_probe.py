@@ -24,6 +24,7 @@ from headinfer_compile.machine import (
     save_profile,
 )
 from headinfer_compile.probe import probe, this_machine
+from headinfer_compile.runtime.host_build import library_origin
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +120,8 @@ def test_command(measured: MachineProfile, capsys: pytest.CaptureFixture[str]) -
     assert main(["probe", "--kept"]) == 0
     shown = capsys.readouterr().out
     assert "link: host to device" in shown and "TFLOP/s" in shown
+    assert f"kernel of attention on the CPU: {found['host_kernel']}\n" in shown
+    assert found["host_kernel"] == library_origin()
 
 
 def test_rates_between_the_measured_sizes() -> None:

@@ -31,7 +31,7 @@ from harness import (
 from headinfer_compile import HeadInferCache, profile
 from headinfer_compile.errors import HostAttentionError
 from headinfer_compile.report import explain
-from headinfer_compile.runtime import host_attention, host_build, host_lane
+from headinfer_compile.runtime import host_attention, host_build, host_compile, host_lane
 from headinfer_compile.runtime.host_attention import HostKernel, shared_kernel
 from headinfer_compile.runtime.host_lane import HostLane
 from headinfer_compile.runtime.step import KVBlock
@@ -330,8 +330,10 @@ def test_explain_and_the_schedule_show_the_third_lane(model: CompiledModel) -> N
     )  # fmt: skip
     text = str(found)
     assert "on the CPU" in text and "attends on the CPU" in text
+    assert f"kernel on the CPU: {host_build.library_origin()}" in text
     step = found.graphs[-1].step
     assert step is not None and step.cpu_bytes > 0 and step.h2d_bytes > 0
+    assert step.cpu_kernel == host_build.library_origin()
     (schedule, *_) = step.schedules
     assert "= headinfer.attend_host(handle, layer, q, 0," in schedule.text
     assert "# compute, after attend_host" in schedule.text
@@ -356,7 +358,7 @@ def test_the_benchmark_compares_shares_and_its_figures_are_judged(tmp_path: Path
 
 
 def test_the_library_is_the_one_of_this_source() -> None:
-    names = [path.name for path in host_build.source_files()]
+    names = [path.name for path in host_compile.source_files()]
     assert names[0] == "host_attention.cpp" and len(names) == 4
 
 
