@@ -25,6 +25,7 @@ from headinfer_compile.runtime.host_attention import (
     host_kernel,
     worker_threads,
 )
+from headinfer_compile.runtime.numa import device_cpus
 from headinfer_compile.runtime.slab import HostSlab
 
 HEADS, DIM = 8, 128
@@ -33,11 +34,14 @@ HEADS, DIM = 8, 128
 class Pages:
     """Host pages ``[Hkv, 2, 1, T, D]`` in bf16, taken a layer's worth at a time, in a circle."""
 
-    def __init__(self, nbytes: int, tokens: int, layer_pages: int, device: torch.device) -> None:
+    def __init__(
+        self, nbytes: int, tokens: int, layer_pages: int, device: torch.device,
+        cpus: frozenset[int] | None,
+    ) -> None:  # fmt: skip
         self.tokens = tokens
         self.page_bytes = HEADS * 2 * tokens * DIM * 2
         count = max(layer_pages, nbytes // self.page_bytes // layer_pages * layer_pages)
-        self.slab = HostSlab(count * self.page_bytes, self.page_bytes, device)
+        self.slab = HostSlab(count * self.page_bytes, self.page_bytes, device, cpus)
         self.values = self.slab.tensor.view(torch.bfloat16).view(count, -1)
         # One random page, copied: what the pages hold does not matter, zeros might.
         self.values[0] = torch.randn(self.page_bytes // 2).to(torch.bfloat16)
@@ -126,9 +130,10 @@ def main(argv: list[str] | None = None) -> list[Row]:
     cuda = torch.cuda.is_available()
     cli = parser("host_attention", "GB/s of attention over host pages on the CPU.")
     add = cli.add_argument
-    cores = available_cores()
+    add("--nodes", choices=["device", "all"], default="device",
+        help="NUMA nodes of pages and threads: the device's, or any")  # fmt: skip
     add("--threads", type=int, nargs="+",
-        default=sorted({1, cores // 2, worker_threads(cores), cores}) if cuda else [1])  # fmt: skip
+        help="by default 1, half, the usual number and all of the cores there")  # fmt: skip
     add("--rows", nargs="+", default=["4x1", "4x4"],
         help="query heads per KV head x query tokens")  # fmt: skip
     add("--pages", default="6GiB" if cuda else "64MiB", help="host memory to go through")
@@ -141,15 +146,19 @@ def main(argv: list[str] | None = None) -> list[Row]:
     args = cli.parse_args(argv)
     setup = prepare(args)
     nbytes = parse_bytes(args.pages, "--pages")
-    pages = Pages(nbytes, args.page_tokens, args.layer_pages, setup.device)
+    cpus = device_cpus(setup.device) if args.nodes == "device" else None
+    cores = available_cores(cpus)
+    usual = {1, cores // 2, worker_threads(cores), cores} if cuda else {1}
+    near = f"/{len(cpus)}cpus" if cpus else ""
+    pages = Pages(nbytes, args.page_tokens, args.layer_pages, setup.device, cpus)
     say("%s of pages of %d tokens", format_bytes(pages.values.nbytes), args.page_tokens)
     link = Link(pages, setup.device) if setup.device.type == "cuda" else None
     rows: list[Row] = []
     if link is not None:
         link.rates(None, nbytes)
-    for threads in args.threads:
+    for threads in args.threads or sorted(usual - {0}):
         level = LEVELS.index(args.level) if args.level else -1
-        kernel = host_kernel(threads, level, tuple(f"-D{flag}" for flag in args.flags))
+        kernel = host_kernel(threads, level, tuple(f"-D{flag}" for flag in args.flags), cpus)
         if kernel is None:
             say("no kernel: see the warning")
             return []
@@ -158,8 +167,10 @@ def main(argv: list[str] | None = None) -> list[Row]:
             worker = Worker(kernel, pages, group, queries)
             row = _measure(worker, link, args.seconds, args.rounds)
             row |= {
-                "id": f"host_attention/{setup.tag}/t{threads}/{text}", "case": "host_attention",
-                "threads": threads, "cores": cores, "queries_per_kv": group, "queries": queries,
+                "id": f"host_attention/{setup.tag}{near}/t{threads}/{text}",
+                "case": "host_attention",
+                "threads": threads, "cores": cores, "nodes": args.nodes,
+                "cpus_of_node": len(cpus or ()), "queries_per_kv": group, "queries": queries,
                 "level": LEVELS[kernel.usual_level if level < 0 else level], "flags": args.flags,
                 "page_tokens": args.page_tokens,
                 "layer_bytes": pages.page_bytes * args.layer_pages,

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from headinfer_compile.errors import HostAttentionError
 from headinfer_compile.runtime.host_build import library
+from headinfer_compile.runtime.numa import bind, num_cores
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What pages may hold."""
@@ -94,6 +96,8 @@ class HostKernel:
     threads: int
     level: int = -1
     """Index into ``LEVELS``; -1: ``usual_level``."""
+    cpus: frozenset[int] | None = None
+    """Those that the threads stay on; None: any of the process."""
 
     def __post_init__(self) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -106,7 +110,12 @@ class HostKernel:
         self.lib.host_attention_job.restype = pointer
         self.lib.host_attention_run.argtypes = [pointer]
         self.lib.host_attention_run.restype = None
-        self._pool = self.lib.host_attention_pool(self.threads)
+        if self.cpus is None:
+            self._pool = self.lib.host_attention_pool(self.threads)
+        else:
+            # Threads stay where the one that starts them may run; the caller is left where it is.
+            with ThreadPoolExecutor(1, initializer=bind, initargs=(self.cpus,)) as starter:
+                self._pool = starter.submit(self.lib.host_attention_pool, self.threads).result()
         address = ctypes.cast(self.lib.host_attention_run, pointer).value
         assert address is not None
         self.function: int = address
@@ -170,10 +179,12 @@ class HostKernel:
             self._pool = None
 
 
-def host_kernel(threads: int, level: int = -1, flags: tuple[str, ...] = ()) -> HostKernel | None:
+def host_kernel(
+    threads: int, level: int = -1, flags: tuple[str, ...] = (), cpus: frozenset[int] | None = None
+) -> HostKernel | None:
     """The kernel with ``threads`` threads of its own; None where it cannot be built (said once)."""
     found = library(flags)
-    return None if found is None else HostKernel(found, threads, level)
+    return None if found is None else HostKernel(found, threads, level, cpus)
 
 
 def attend_pages(
@@ -221,12 +232,17 @@ def attend_pages(
     return out, lse
 
 
-def available_cores() -> int:
+def available_cores(cpus: frozenset[int] | None = None) -> int:
     """Cores that this process may use: affinity, the cgroup's quota and ``torch.set_num_threads``.
 
     torch counts physical cores unless it was told otherwise, so hyper-threads do not count either.
+
+    Args:
+        cpus: Of these CPUs alone.
     """
     counts = [torch.get_num_threads()]
+    if cpus is not None:
+        counts.append(num_cores(cpus))
     if hasattr(os, "sched_getaffinity"):
         counts.append(len(os.sched_getaffinity(0)))
     groups = Path("/proc/self/cgroup")
@@ -278,6 +294,6 @@ def _quota_cores(folder: Path) -> int | None:
 
 
 @functools.cache
-def shared_kernel(threads: int) -> HostKernel | None:
+def shared_kernel(threads: int, cpus: frozenset[int] | None = None) -> HostKernel | None:
     """The kernel that the caches of this process share: threads of several would only crowd."""
-    return host_kernel(threads)
+    return host_kernel(threads, cpus=cpus)

@@ -30,6 +30,7 @@ from headinfer_compile.runtime.host_attention import (
     worker_threads,
 )
 from headinfer_compile.runtime.host_balance import Balance, Race, Races
+from headinfer_compile.runtime.numa import device_cpus
 from headinfer_compile.runtime.spec import Geometry, SiteSpec
 from headinfer_compile.runtime.step import DECODE_MAX_QUERIES, KVBlock, Step
 from headinfer_compile.runtime.streams import Streams
@@ -274,7 +275,8 @@ def lane_of(session: Session) -> HostLane | None:
     assert geometry is not None
     if lane is not None and all(lane.fits(spec) for spec in session.specs):
         return lane
-    kernel = shared_kernel(worker_threads(available_cores()))
+    cpus = device_cpus(geometry.device)
+    kernel = shared_kernel(worker_threads(available_cores(cpus)), cpus)
     if kernel is None or (session.streams.is_cuda and not can_launch_host_functions()):
         return None
     if lane is not None:

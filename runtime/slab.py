@@ -8,6 +8,7 @@ avoided.
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import weakref
@@ -21,6 +22,9 @@ from headinfer_compile.config import format_bytes
 from headinfer_compile.errors import DoesNotFitError
 from headinfer_compile.runtime.budget import refusing
 from headinfer_compile.runtime.copies import forget_cuda_error
+from headinfer_compile.runtime.numa import bind, device_cpus
+
+log = logging.getLogger(__name__)
 
 _REGISTER_STEP_BYTES = 256 << 20
 
@@ -28,10 +32,19 @@ _REGISTER_STEP_BYTES = 256 << 20
 class HostSlab:
     """One registered host buffer; plain memory where there is no CUDA."""
 
-    def __init__(self, nbytes: int, unit_bytes: int, device: torch.device) -> None:
+    def __init__(
+        self, nbytes: int, unit_bytes: int, device: torch.device,
+        cpus: frozenset[int] | None = None,
+    ) -> None:  # fmt: skip
         """Map ``nbytes`` for a cache on ``device``; copies stay within multiples of ``unit_bytes``.
 
         A cache on the meta device, of which only the plan is wanted, takes no memory.
+
+        Args:
+            nbytes: Size.
+            unit_bytes: Where registrations may end.
+            device: Of the cache.
+            cpus: Those near which the memory should be; None: anywhere.
 
         Raises:
             DoesNotFitError: The host has no such memory, or the driver refuses to pin it.
@@ -58,13 +71,13 @@ class HostSlab:
             memory.madvise(mmap.MADV_HUGEPAGE)
         with torch.inference_mode(False):
             self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        self._touch()
+        self._touch(cpus)
         self._register(unit_bytes)
 
-    def _touch(self) -> None:
-        start, workers = self.tensor.data_ptr(), min(16, os.cpu_count() or 1)
+    def _touch(self, cpus: frozenset[int] | None) -> None:
+        start, workers = self.tensor.data_ptr(), min(16, len(cpus or ()) or os.cpu_count() or 1)
         step = -(-self.nbytes // workers)
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers, initializer=bind, initargs=(cpus,)) as pool:
             # ctypes releases the GIL, so the pages are faulted in by all threads at once.
             spans = [
                 (start + at, min(step, self.nbytes - at)) for at in range(0, self.nbytes, step)
@@ -111,7 +124,9 @@ class SlabAllocator:
     """Makes slabs ahead of use on a thread of its own, so that prefill does not wait for them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._cpus = device, device_cpus(device)
+        if self._cpus is not None:
+            log.info("pages are placed on the NUMA node of %s, %d CPUs", device, len(self._cpus))
         name = "headinfer-slab"
         self._pool = ThreadPoolExecutor(1, name) if device.type == "cuda" else None
         self._ahead: dict[tuple[int, int], list[Future[HostSlab]]] = {}
@@ -129,7 +144,7 @@ class SlabAllocator:
         for size in sizes:
             futures = self._ahead.setdefault(size, [])
             if len(futures) < wanted[size]:
-                futures.append(self._pool.submit(HostSlab, *size, self._device))
+                futures.append(self._pool.submit(HostSlab, *size, self._device, self._cpus))
 
     def _discard(self, future: Future[HostSlab]) -> None:
         if not future.cancel():
@@ -147,7 +162,7 @@ class SlabAllocator:
             if not waiting:
                 del self._ahead[nbytes, unit_bytes]
             return future.result()
-        return HostSlab(nbytes, unit_bytes, self._device)
+        return HostSlab(nbytes, unit_bytes, self._device, self._cpus)
 
     def close(self) -> None:
         """Give back what was prepared and stop the thread."""

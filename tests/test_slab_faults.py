@@ -104,6 +104,7 @@ def test_slabs_made_in_the_background(
     refuse_at: int | None, slab_sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Used, refused or not wanted any more: nothing stays registered and the thread ends."""
+    monkeypatch.setattr("headinfer_compile.runtime.slab.device_cpus", lambda _: None)
     driver, threads = Driver(refuse_at=refuse_at), threading.active_count()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     allocator = SlabAllocator(CUDA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from inspect import unwrap
 from pathlib import Path
@@ -110,6 +111,22 @@ def test_a_batch_in_half_precision_is_as_near_as_without_the_cpu(dtype: torch.dt
                 spread.append(float((torch.cat(parts, 1).float() - exact).norm()))
                 assert (cache.stats().cpu_bytes > 0) is (share != "off")
     assert 0 < spread[1] <= 1.5 * spread[0], spread
+
+
+def test_the_threads_stay_near_the_device(
+    model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = frozenset({max(os.sched_getaffinity(0))})
+    monkeypatch.setattr(host_lane, "device_cpus", lambda _: near)
+    monkeypatch.setattr(host_lane, "shared_kernel", functools.cache(unwrap(shared_kernel)))
+    model.use(cpu_attention=0.5)
+    ids, oracle = model.prompt(3, tokens=40, new=6)
+    with model.cache() as cache:
+        assert_same(generate(model.model, ids, cache, 6), oracle)
+        assert model.assert_streamed(cache).cpu_bytes > 0
+        lane = cache.session.lane
+        assert lane is not None and lane.kernel.cpus == near and lane.kernel.threads == 1
+        lane.kernel.close()
 
 
 def test_a_fixed_share_is_bitwise_repeatable_and_right(model: CompiledModel) -> None:
