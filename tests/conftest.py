@@ -28,7 +28,8 @@ class Report:
     """Collects outcomes and writes them as JSON when the session ends.
 
     With ``merge``, what the file says of tests that are not run again stays: the whole takes an
-    hour, and a failure of one test is mended in a minute. Each row has its date.
+    hour, and a failure of one test is mended in a minute. Each row has its date, and those
+    versions that are not those of the last run.
     """
 
     def __init__(self, path: Path, command: str, merge: bool) -> None:
@@ -38,7 +39,11 @@ class Report:
         self.tests: dict[str, dict[str, Any]] = {}
         self.before: list[dict[str, Any]] = []
         if merge and path.exists():
-            self.before = json.loads(path.read_text(encoding="ascii"))["tests"]
+            record = json.loads(path.read_text(encoding="ascii"))
+            for row in record["tests"]:
+                held = {**record["versions"], **row.pop("versions", {})}
+                other = dict(held.items() - versions().items())
+                self.before.append({**row, **({"versions": other} if other else {})})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         new = {"outcome": "passed", "seconds": 0.0, "date": _now()}

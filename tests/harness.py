@@ -31,6 +31,7 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from headinfer_compile import CacheStats, HeadInferCache, HeadInferConfig, headinfer
+from headinfer_compile.cache_protocol import cache_argument
 from headinfer_compile.executor import CompiledGraph
 
 VOCAB = 97
@@ -133,14 +134,13 @@ def generate(model: PreTrainedModel, ids: Tensor, cache: Any, new: int, **option
     """``model.generate`` of exactly ``new`` tokens, greedy unless ``options`` say otherwise."""
     out = model.generate(  # type: ignore[operator]
         ids,
-        past_key_values=cache,
         max_new_tokens=new,
         min_new_tokens=new,
         # Not a token: generate would take the ones it finds in a prompt for padding.
         pad_token_id=VOCAB,
         return_dict_in_generate=True,
         output_logits=True,
-        **{"do_sample": False, **options},
+        **{"do_sample": False, cache_argument(model): cache, **options},
     )
     return Run(out.sequences, torch.stack(out.logits, dim=1))
 
@@ -218,10 +218,10 @@ class CompiledModel:
     def forward(self, ids: Tensor, cache: Any, chunk: int, **inputs: Any) -> Tensor:
         """Logits ``[B, S, vocab]`` of direct calls on chunks of ``ids``; ``inputs`` go to each."""
         model = self.model if isinstance(cache, HeadInferCache) else self.resident
+        inputs[cache_argument(model)] = cache
         with torch.no_grad():
             logits = [
-                model(part, past_key_values=cache, use_cache=True, **inputs).logits
-                for part in ids.split(chunk, dim=1)
+                model(part, use_cache=True, **inputs).logits for part in ids.split(chunk, dim=1)
             ]
         return torch.cat(logits, dim=1)
 

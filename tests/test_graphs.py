@@ -23,6 +23,7 @@ from harness import (
     tiny_mistral,
 )
 from headinfer_compile import HeadInferCache
+from headinfer_compile.cache_protocol import cache_argument
 from headinfer_compile.errors import CacheError
 
 pytestmark = pytest.mark.oldest
@@ -122,6 +123,26 @@ def test_turns_and_growth_compile_nothing(seed: int) -> None:
     assert stats.blocks_by_tier["host"] > 10
     assert sum(len(graph.schedules) for graph in m.graphs) > 10
     assert dynamo_graphs() == compiled
+
+
+@pytest.mark.parametrize("older", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_direct_calls_of_any_length(seed: int, older: bool) -> None:
+    """The cache by the name of its argument, and by the name it had before transformers 5.24."""
+    m = CompiledModel(tiny_llama(seed, layers=1))
+    name = "past_key_values" if older else cache_argument(m.resident)
+    ids = random_ids(seed, 90)
+    want = m.forward(ids, m.resident_cache(), 90)
+    for graphs, lengths in ((1, (30,)), (2, (45, 20)), (3, (52, 17, 1, 1, 9, 1)), (3, (9, 81))):
+        cache, start = m.cache(), 0
+        for new in lengths:
+            with torch.no_grad():
+                got = m.model(ids[:, start : start + new], **{name: cache}).logits
+            difference = float((got - want[:, start : start + new]).abs().max())
+            assert difference <= MAX_LOGIT_DIFFERENCE
+            start += new
+        # The first chunk, the later ones, decode.
+        assert dynamo_graphs() == graphs, f"calls of {lengths} tokens"
+    m.assert_streamed(cache)
 
 
 @pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
