@@ -184,13 +184,15 @@ def test_depyf_reads_what_was_compiled(tmp_path: Path) -> None:
     # Not generate: depyf 0.20 runs its own decompilation of the call, which loses keyword inputs.
     made, _, _ = SCRIPT.partition("out = model")
     watched = f"with torch.no_grad(), depyf.prepare_debug({str(tmp_path)!r}):"
-    calls = "\n    ".join([watched, *["model(ids, past_key_values=cache)"] * 2])
-    process = start(f"import depyf\n{made}{calls}\nassert cache.stats().sites_rewritten == 1")
+    # Nor the older name of the argument: the decompiled translation reads what it has taken out.
+    calls = "\n    ".join([watched, *["model(ids, **{cache_argument(model): cache})"] * 2])
+    imports = "import depyf\nfrom headinfer_compile.cache_protocol import cache_argument\n"
+    process = start(f"{imports}{made}{calls}\nassert cache.stats().sites_rewritten == 1")
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     texts = [path.read_text(encoding="utf-8") for path in tmp_path.glob("*.py")]
     assert any("headinfer.update_kv" in text for text in texts)
-    assert any("__transformed_code_0_for_wrapper" in path.name for path in tmp_path.iterdir())
+    assert any("__transformed_code_0_for_wrap" in path.name for path in tmp_path.iterdir())
 
 
 @pytest.mark.slow
