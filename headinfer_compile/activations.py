@@ -122,16 +122,17 @@ def sizes_of(split: GraphModule, args: Sequence[Any]) -> dict[sympy.Symbol, int]
     for node, arg in zip(placeholders, args, strict=True):
         value = node_value(node)
         if isinstance(value, torch.SymInt):
-            _note(value, int(arg), sizes)
+            _note(value, arg, sizes)
         elif isinstance(value, torch.Tensor):
             for symbolic, size in zip(value.shape, arg.shape, strict=True):
-                _note(symbolic, int(size), sizes)
+                _note(symbolic, size, sizes)
     return sizes
 
 
-def _note(symbolic: Any, size: int, sizes: dict[sympy.Symbol, int]) -> None:
+def _note(symbolic: Any, size: Any, sizes: dict[sympy.Symbol, int]) -> None:
     if isinstance(symbolic, torch.SymInt) and isinstance(symbolic.node.expr, sympy.Symbol):
-        sizes[symbolic.node.expr] = size
+        # While it is compiled, a size may be a symbol: its hint is what it is in the call.
+        sizes[symbolic.node.expr] = int(size.node.hint if isinstance(size, torch.SymInt) else size)
 
 
 def _value(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> int:
@@ -141,7 +142,7 @@ def _value(expression: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> int:
 
 def _outer_root(node: Node) -> Node:
     """The node whose storage ``node`` is: results of a region are values of their own."""
-    while _name(node) in _VIEWS and node.op != "placeholder" and node.all_input_nodes:
+    while op_name(node) in _VIEWS and node.op != "placeholder" and node.all_input_nodes:
         source = node.all_input_nodes[0]
         if _has_items(source):
             break
@@ -206,7 +207,7 @@ def _region_moments(
 
 
 def _kind(node: Node) -> Literal["view", "fused", "kernel"]:
-    name = _name(node)
+    name = op_name(node)
     if node.op in ("call_function", "call_method"):
         if name in _VIEWS:
             return "view"
@@ -215,7 +216,8 @@ def _kind(node: Node) -> Literal["view", "fused", "kernel"]:
     return "kernel"
 
 
-def _name(node: Node) -> str:
+def op_name(node: Node) -> str:
+    """What an operation is called, whether it stands as a function, a builtin or a method."""
     if node.op == "call_method":
         return str(node.target)
     return getattr(node.target, "__name__", str(node.target)).strip("_")

@@ -13,9 +13,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from headinfer_compile.activations import activation_model
+from headinfer_compile.auto_settings import AutoSettings, known_machine
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import HeadInferError, OptionError
 from headinfer_compile.executor import CompiledGraph, GraphReport
+from headinfer_compile.graph_facts import graph_facts
+from headinfer_compile.machine import Machine
 from headinfer_compile.passes.context import META, AttentionSite, PassContext
 from headinfer_compile.passes.graph_utils import node_value, writes_inputs
 from headinfer_compile.passes.lower import lower_regions
@@ -104,7 +107,8 @@ def headinfer(
         ``compile_graph`` raises.
     """
     try:
-        return compile_graph(gm, example_inputs, _config(options, mode))
+        config = _config(options, mode)
+        return compile_graph(gm, example_inputs, config, machine=known_machine(config))
     except HeadInferError as error:
         return _refuse(error)
 
@@ -116,6 +120,7 @@ def compile_graph(
     *,
     graph_type: type[CompiledGraph] = CompiledGraph,
     keep_text: bool = False,
+    machine: Machine | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph under ``config``; ``headinfer`` with what reports need besides.
 
@@ -125,6 +130,7 @@ def compile_graph(
         config: The options.
         graph_type: What runs the graph.
         keep_text: Keep the text of the graph after every pass.
+        machine: By whose rates open options are chosen; None: they take their defaults.
 
     Raises:
         DeclinedError: An attention is not supported and ``config.strict`` is set.
@@ -158,7 +164,7 @@ def compile_graph(
     if len({update.args[0] for update in updates}) > 1:
         message = "one call uses two HeadInferCaches: a graph serves one cache at a time"
         raise HeadInferError(message)
-    return _compile(gm, example_inputs, config, updates, graph_type, keep_text)
+    return _compile(gm, example_inputs, config, updates, graph_type, keep_text, machine)
 
 
 def _config(options: Mapping[str, Any] | None, mode: str | None) -> HeadInferConfig:
@@ -205,6 +211,7 @@ def _compile(
     updates: Sequence[Node],
     graph_type: type[CompiledGraph],
     keep_text: bool,
+    machine: Machine | None,
 ) -> CompiledGraph:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     handle_index = placeholders.index(updates[0].args[0])
@@ -229,6 +236,9 @@ def _compile(
         if isinstance(node.meta.get(META), AttentionSite)
         and node.target is torch.ops.headinfer.attention.default
     ]
+    facts = None
+    if machine is not None and attentions:
+        facts = graph_facts(split, example_inputs, attentions)
     regions = lower_regions(
         split,
         example_inputs,
@@ -253,6 +263,7 @@ def _compile(
         last_layer=last_layer,
         dump=dump,
         activations=activations,
+        auto=AutoSettings(machine, facts),
         batch_inputs=batch_inputs,
     )
 

@@ -149,7 +149,9 @@ def generate(
     head_group: Annotated[
         str, typer.Option(help="KV heads moved and attended together, or auto.")
     ] = "auto",
-    num_slots: Annotated[int, typer.Option(help="Device buffers in the ring.")] = 3,
+    num_slots: Annotated[
+        str, typer.Option(help="Device buffers that transfers fill in turn, or auto.")
+    ] = "auto",
     lowering: Annotated[
         Lowering, typer.Option(help="What compiles the regions between attentions.")
     ] = Lowering.inductor,
@@ -182,7 +184,7 @@ def generate(
         raise OptionError(f"--trace {trace}: there is no such folder")
     options: dict[str, Any] = {
         "head_group": _count_or_auto(head_group, "--head-group"),
-        "num_slots": num_slots,
+        "num_slots": _count_or_auto(num_slots, "--num-slots"),
         "lowering": lowering.value,
         "strict": strict,
     }

@@ -82,13 +82,15 @@ class HeadInferConfig:
 
     head_group: int | Literal["auto"] | Mapping[str, int] = "auto"
     """KV heads moved and attended together; an int for both phases or a dict with ``prefill`` and
-    ``decode``. ``"auto"``: 1 in prefill, all in decode. A group that does not divide the number of
-    KV heads leaves a smaller last group."""
+    ``decode``. ``"auto"``: all in decode; in prefill what is fastest for each chunk by the rates
+    of ``headinfer probe``, and 1 on a machine that was not probed. A group that does not divide
+    the number of KV heads leaves a smaller last group."""
     slot_tokens: SlotTokens = "auto"
     """Tokens of one KV block, that is of one slot. ``"auto"``: as many whole pages as fill the
     bytes of one page of all heads. An int is rounded down to whole pages."""
-    num_slots: int = 3
-    """Device buffers that transfers fill in turn; 2 is ping-pong."""
+    num_slots: int | Literal["auto"] = "auto"
+    """Device buffers that transfers fill in turn; 2 is ping-pong. ``"auto"``: 3, or 2 on a probed
+    machine where that keeps more KV on the device and is faster."""
     prefetch_distance: int | Literal["auto"] = "auto"
     """Transfers started ahead of their use, 1 to ``num_slots - 1``; ``"auto"`` is the largest."""
     workspace_bytes: int | str = "256MiB"
@@ -121,13 +123,14 @@ class HeadInferConfig:
         )
         self._check_kinds()
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
-        self._check_count("num_slots", self.num_slots, low=2)
+        if self.num_slots != "auto":
+            self._check_count("num_slots", self.num_slots, low=2)
         if self.prefetch_distance != "auto":
             self._check_count("prefetch_distance", self.prefetch_distance, low=1)
-            if self.prefetch_distance > self.num_slots - 1:
+            if self.prefetch_distance > self.slots - 1:
                 raise OptionError(
                     f"prefetch_distance={self.prefetch_distance} with num_slots={self.num_slots}: "
-                    f"a slot in use cannot be filled, so the largest is {self.num_slots - 1}"
+                    f"a slot in use cannot be filled, so the largest is {self.slots - 1}"
                 )
         for name in ("head_group", "slot_tokens"):
             self._check_per_phase(name, getattr(self, name))
@@ -187,9 +190,14 @@ class HeadInferConfig:
         return int(value[phase]) if isinstance(value, Mapping) else int(value)
 
     @property
+    def slots(self) -> int:
+        """``num_slots`` as a number; 3 where it is left open."""
+        return 3 if self.num_slots == "auto" else self.num_slots
+
+    @property
     def distance(self) -> int:
         """Transfers in flight ahead of the one being attended."""
-        return self.num_slots - 1 if self.prefetch_distance == "auto" else self.prefetch_distance
+        return self.slots - 1 if self.prefetch_distance == "auto" else self.prefetch_distance
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> HeadInferConfig:

@@ -18,6 +18,7 @@ import torch
 from torch.fx import GraphModule
 
 from headinfer_compile.activations import ActivationModel, sizes_of
+from headinfer_compile.auto_settings import AutoSettings
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import CacheError
 from headinfer_compile.passes.context import META, AttentionSite, Decline
@@ -71,6 +72,7 @@ class CompiledGraph:
     """The last layer that updates the cache in this graph."""
     dump: Dump
     activations: ActivationModel
+    auto: AutoSettings
     batch_inputs: Sequence[tuple[int, int]]
     """Inputs with the batch as a dim, and that dim; none where a call cannot be made twice."""
     specs: list[SiteSpec] = field(default_factory=list)
@@ -180,7 +182,7 @@ class CompiledGraph:
         if session.claimed_by != caller:
             session.claim(frozenset(id(a) for a in args if isinstance(a, torch.nn.Parameter)))
             session.claimed_by = caller
-        session.configure(self.config)
+        self.auto.claim(session, self.config)
         session.specs = self.specs
         batched = [(args[index], dim) for index, dim in self.batch_inputs]
         session.sharing.unequal_inputs = partial(_unequal_inputs, batched) if batched else None
@@ -214,6 +216,7 @@ class CompiledGraph:
 
     def start(self, session: Session, k: torch.Tensor, v: torch.Tensor, past: int) -> Step:
         """Begin the step of this call at its first site."""
+        self.auto.settle(session, session.geometry_of(k, v), past, k.shape[2])
         return session.start(k, v, past, session.forward_bytes)
 
     def run_site(
@@ -306,10 +309,10 @@ class CompiledGraph:
         return plan
 
     def _make_plan(self, session: Session, spec: int, next_spec: int | None) -> _Plan:
-        key = chained_key(session, spec, next_spec, self.site_specs[0], self.config)
+        key = chained_key(session, spec, next_spec, self.site_specs[0], session.config)
         schedule = session.schedule_overrides.get(key) or self.schedules.get(key)
         if schedule is None:
-            context = PlanContext(key, self.config)
+            context = PlanContext(key, session.config)
             schedule, self.plan_reports[key] = build_schedule(context, self.dump, keep_text=False)
             self.schedules[key] = schedule
             log.info(
@@ -321,7 +324,7 @@ class CompiledGraph:
         if key.entry:
             cold = replace(key, next_transfers=())
             if cold not in self.prologues:
-                self.prologues[cold] = build_prologue(PlanContext(cold, self.config))
+                self.prologues[cold] = build_prologue(PlanContext(cold, session.config))
             prologue = self.prologues[cold]
         return _Plan(schedule, prologue)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,6 +105,8 @@ class StepPlan:
     shape: StepShape
     prediction: Prediction
     choices: tuple[HeadGroupChoice, ...]
+    reasons: Mapping[str, str]
+    """Why the numbers of the options are what they are, by option and phase."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 
 from headinfer_compile.config import parse_bytes
 from headinfer_compile.errors import OptionError
+from headinfer_compile.runtime.budget import default_host_budget, device_room
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,11 @@ class Machine:
     gpus: int = 1
     source: str = "described"
     """Where the rates come from."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether any rate was measured or described."""
+        return set(self.rates.assumed) != set(assumed_rates().assumed)
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,18 @@ def load_profile(max_age_seconds: float = _EXPIRY_SECONDS) -> MachineProfile | N
         return None
     age = time.time() - profile.measured_at
     return profile if 0 <= age <= max_age_seconds else None
+
+
+def machine_with(profile: MachineProfile | None) -> Machine:
+    """This machine with what is free of it now, and the rates of ``profile``, else assumed ones."""
+    gpu_memory = 0
+    if torch.cuda.is_available():
+        gpu_memory = device_room(torch.device("cuda", torch.cuda.current_device()))
+    if profile is None:
+        rates, source = assumed_rates(), "assumed"
+    else:
+        rates, source = profile.rates, f"measured on {profile.device}"
+    return Machine(device_name(), gpu_memory, default_host_budget(), rates, source=source)
 
 
 def describe(

@@ -59,7 +59,7 @@ def plan_key(session: Session, spec: int, config: HeadInferConfig) -> PlanKey:
         chunks=session.query_chunks(spec),
         resident=resident,
         host=len(blocks) - resident - on_cpu,
-        num_slots=config.num_slots,
+        num_slots=config.slots,
         distance=0 if "hoist_prefetch" in config.disable_passes else config.distance,
         padded=any(step.padding.values()),
         fused=session.fuses_resident(site),

@@ -121,7 +121,7 @@ def memory_of(
     workspace_limit = int(config.workspace_bytes)
     heads = batch * prefill.head_group * facts.num_heads // facts.num_kv_heads
     queries: dict[int | None, int] = {}
-    for window in facts.windows:
+    for window in dict.fromkeys(facts.windows):
         columns = 0 if window is None else max(prefill.slot_tokens, chunk)
         per_query = sizes.query_bytes(
             heads, facts.v_head_dim, facts.itemsize, batch=batch, mask_columns=columns
@@ -132,7 +132,7 @@ def memory_of(
         Hkv=facts.num_kv_heads, D=facts.head_dim, Dv=facts.v_head_dim, e=facts.itemsize,
         R=facts.row_elements,
         g_p=prefill.head_group, g_d=decode.head_group, T_p=prefill.slot_tokens,
-        T_d=decode.slot_tokens, N=config.num_slots, T_t=tail,
+        T_d=decode.slot_tokens, N=config.slots, T_t=tail,
         Q=max(queries.values()),
         T_s=sizes.staging_tokens(shape, request.page_tokens) if chunk > tail else 0,
         weights=weights_on_card(facts, gpus), library=LIBRARY_BYTES if machine.gpu_memory else 0,

@@ -99,6 +99,7 @@ def _settings(plan: Plan) -> str:
             else f"{value:,}"
         )
         lines.append(f"  {name}: {shown}")
+    lines += [f"  why {name}: {reason}" for name, reason in plan.reasons.items()]
     for phase, seconds in plan.head_groups.items():
         each = ", ".join(f"{group} {format_seconds(time)}" for group, time in seconds.items())
         lines.append(f"  seconds of {phase} by head group: {each}")

@@ -25,26 +25,56 @@ class Phase:
     """Seconds of each of the parts that run beside each other."""
     bound: str
     """The part that takes longest."""
+    groups: tuple[tuple[int, int], ...] = ()
+    """Of a prefill: its head groups, each after the token from which on it is used."""
 
 
-def prefill_of(facts: ModelFacts, machine: Machine, memory: Memory) -> Phase:
-    """Seconds of the whole prefill, chunk by chunk."""
-    chunk, context = int(memory.values["C"]), memory.context
+@dataclass(frozen=True)
+class TimedChunk:
+    """A prefill chunk under one layout."""
+
+    seconds: float
+    values: dict[str, float]
+    """Of the symbols of ``cost_model``."""
+
+
+def timed_chunks(
+    facts: ModelFacts, machine: Machine, layouts: Sequence[Memory], past: int, new: int
+) -> list[TimedChunk]:
+    """The ``new`` tokens after ``past`` others under each of ``layouts``.
+
+    A chunk runs under the fastest of them, and the first of equal ones: ``min`` of the seconds.
+    """
+    found = []
+    for memory in layouts:
+        values = chunk_values(facts, machine, memory, past, new)
+        found.append(TimedChunk(evaluate("chunk_seconds", values), values))
+    return found
+
+
+def prefill_of(facts: ModelFacts, machine: Machine, *layouts: Memory) -> Phase:
+    """Seconds of the whole prefill, chunk by chunk, each under the fastest of ``layouts``."""
+    chunk, context = int(layouts[0].values["C"]), layouts[0].context
     starts = range(0, context, chunk)
     total = {"chunk": 0.0, "matrices": 0.0, "attention": 0.0, "memory": 0.0, "link": 0.0}
     total["host"] = 0.0
+    groups: list[tuple[int, int]] = []
     for start, weight in _sampled(starts):
-        values = chunk_values(facts, machine, memory, start, min(chunk, context - start))
-        total["chunk"] += weight * evaluate("chunk_seconds", values)
+        chunks = timed_chunks(facts, machine, layouts, start, min(chunk, context - start))
+        found = min(chunks, key=lambda item: item.seconds)
+        total["chunk"] += weight * found.seconds
         for part in ("matrices", "attention", "memory", "link", "host"):
-            total[part] += weight * evaluate(f"prefill_{part}_seconds", values)
+            total[part] += weight * evaluate(f"prefill_{part}_seconds", found.values)
+        group = int(found.values["g_p"])
+        if not groups or groups[-1][1] != group:
+            groups.append((start, group))
     device = total["matrices"] + total["attention"] + total["memory"]
     bounds = {"link": total["link"], "calls of the host": total["host"]}
     heaviest = max(("matrices", "attention", "memory"), key=lambda part: total[part])
     name = {"matrices": "matrix products", "attention": "attention", "memory": "device memory"}
     bounds[name[heaviest]] = device
     seconds = total.pop("chunk")
-    return Phase(seconds, total, max(bounds, key=lambda part: bounds[part]))
+    return Phase(seconds, total, max(bounds, key=lambda part: bounds[part]), tuple(groups))
 
 
 def _sampled(starts: Sequence[int]) -> Iterator[tuple[int, float]]:

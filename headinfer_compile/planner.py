@@ -20,7 +20,14 @@ from headinfer_compile.model_facts import ModelFacts, facts_of
 from headinfer_compile.models import DTYPES
 from headinfer_compile.plan_memory import Memory, Request, Settings, memory_of
 from headinfer_compile.plan_roofline import RooflineRow, roofline_rows
-from headinfer_compile.plan_search import Choice, choose, largest_context, smallest_settings
+from headinfer_compile.plan_search import (
+    Choice,
+    choice_of,
+    choose,
+    largest_context,
+    reasons_of,
+    smallest_settings,
+)
 from headinfer_compile.plan_time import decode_of, prefill_of
 from headinfer_compile.probe import this_machine
 from headinfer_compile.refusal import refusal
@@ -115,18 +122,20 @@ class Plan:
             at *= 2
         points = []
         for context in [*contexts, self.max_context]:
-            settings = self.choice.memory.settings
-            memory = memory_of(self.facts, self.machine, self.request, settings, context)
+            asked, settings = replace(self.request, context=context), self.choice.settings
+            memory = memory_of(self.facts, self.machine, asked, settings, context)
             if memory.shortage is not None:
                 # The largest context may need a smaller chunk than this plan's.
-                asked = replace(self.request, context=context)
-                smallest = smallest_settings(self.facts, asked)
-                memory = memory_of(self.facts, self.machine, asked, smallest, context)
-            prefill = prefill_of(self.facts, self.machine, memory)
-            decode = decode_of(self.facts, self.machine, memory)
+                settings = smallest_settings(asked)
+            found = choice_of(self.facts, self.machine, asked, settings)
+            memory = found.memory
             points.append(
                 PlanPoint(
-                    context, memory.gpu_bytes, memory.host_bytes, prefill.seconds, decode.seconds
+                    context,
+                    memory.gpu_bytes,
+                    memory.host_bytes,
+                    found.prefill.seconds,
+                    found.decode.seconds,
                 )
             )
         return tuple(points)
@@ -144,6 +153,11 @@ class Plan:
                 timed = prefill_of if phase == "prefill" else decode_of
                 seconds[group] = timed(self.facts, self.machine, memory).seconds
         return found
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why the settings are these, by the option and the phase."""
+        return reasons_of(self.machine, self.request, self.choice)
 
     @property
     def formulas(self) -> dict[str, str]:
@@ -180,6 +194,8 @@ class Plan:
             "settings": dict(self.settings),
             "limits": dict(self.limits),
             "head_groups": self.head_groups,
+            "prefill_groups": [list(item) for item in self.choice.prefill.groups],
+            "reasons": self.reasons,
             "roofline": [dataclasses.asdict(row) for row in self.roofline],
             "curve": [dataclasses.asdict(point) for point in self.curve],
             "machine": {**{name: getattr(self.machine, name) for name in names}, "rates": rates},
@@ -277,9 +293,7 @@ def make_plan(
         memory = memory_of(facts, machine, request, settings, request.context)
         found = memory
         if memory.shortage is None:
-            found = Choice(
-                memory, prefill_of(facts, machine, memory), decode_of(facts, machine, memory)
-            )
+            found = choice_of(facts, machine, request, settings)
     longest, limit = largest_context(facts, machine, request)
     if isinstance(found, Memory):
         raise DoesNotFitError(refusal(facts, machine, request, found, longest))
@@ -316,7 +330,7 @@ def _settings(memory: Memory) -> dict[str, Any]:
         "prefill_chunk_size": int(values["C"]),
         "head_group": {"prefill": int(values["g_p"]), "decode": int(values["g_d"])},
         "slot_tokens": {"prefill": int(values["T_p"]), "decode": int(values["T_d"])},
-        "num_slots": config.num_slots,
+        "num_slots": config.slots,
         "page_tokens": memory.page_tokens,
         "tail_tokens": int(values["T_t"]),
         "resident_tokens": int(values["S_gpu"]),

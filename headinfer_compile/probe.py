@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -21,9 +22,9 @@ from headinfer_compile.machine import (
     Machine,
     MachineProfile,
     Rates,
-    assumed_rates,
     device_name,
     load_profile,
+    machine_with,
     save_profile,
 )
 from headinfer_compile.probe_host import host_seconds
@@ -50,16 +51,11 @@ def this_machine(*, measure: bool = True, model: PreTrainedModel | None = None) 
         log.warning("measuring this machine once, for up to 30 s (headinfer probe)")
         profile = probe()
         save_profile(profile)
-    gpu_memory = 0
-    if torch.cuda.is_available():
-        gpu_memory = device_room(_device())
-        if model is not None:
-            gpu_memory += sum(p.nbytes for p in model.parameters() if p.device.type == "cuda")
-    if profile is None:
-        rates, source = assumed_rates(), "assumed"
-    else:
-        rates, source = profile.rates, f"measured on {profile.device}"
-    return Machine(device_name(), gpu_memory, default_host_budget(), rates, source=source)
+    machine = machine_with(profile)
+    if model is None or not machine.gpu_memory:
+        return machine
+    weights = sum(p.nbytes for p in model.parameters() if p.device.type == "cuda")
+    return replace(machine, gpu_memory=machine.gpu_memory + weights)
 
 
 def probe() -> MachineProfile:

@@ -71,7 +71,7 @@ def _ways_out(facts: ModelFacts, machine: Machine, request: Request, longest: in
 
 
 def _fits(facts: ModelFacts, machine: Machine, request: Request) -> bool:
-    settings = smallest_settings(facts, request)
+    settings = smallest_settings(request)
     return memory_of(facts, machine, request, settings, request.context).shortage is None
 
 

@@ -28,6 +28,7 @@ from headinfer_compile.planner import Plan, make_plan
 from headinfer_compile.probe import this_machine
 from headinfer_compile.report_graphs import PlannedGraph, RecordedGraph, Recorder, compiled_by
 from headinfer_compile.report_step import explain_step
+from headinfer_compile.runtime.session import Session
 
 _UNLIMITED_BYTES = 1 << 60
 _ASSUMED_GPU_BYTES = 24 << 30
@@ -138,7 +139,7 @@ def _explain_call(
     else:
         argument = cache_argument(model)
         raise OptionError(f"give {argument}=HeadInferCache.from_shape(...) for this model")
-    recorder = Recorder(config, RecordedGraph, model)
+    recorder = Recorder(config, RecordedGraph, model, machine)
     past = cache.get_seq_length()
     try:
         with compiled_by(model, recorder), torch.no_grad():
@@ -171,12 +172,13 @@ def _explain_context(
     later = (context // chunk - 1) * chunk or starts[-1]
     names = {later: "later chunk", 0: "first chunk" if later else "prefill", context: "decode"}
     graphs: list[GraphExplanation] = []
-    recorder = Recorder(config, PlannedGraph, meta)
+    recorder = Recorder(config, PlannedGraph, meta, machine)
     with (
         HeadInferCache(meta.config, **sizes) as cache,
         compiled_by(meta, recorder),
         torch.no_grad(),
     ):
+        cache.session.reserved = context  # as generate announces it
         for start in [*starts, context]:
             new = min(chunk, context - start) if start < context else 1
             if start not in names:
@@ -194,12 +196,26 @@ def _explain_context(
             f"{batch}, {str(meta.dtype).removeprefix('torch.')}, traced without weights"
         )
         facts = shape_facts(meta, type(meta).__name__)
-        planned = _plan_of(facts, machine, Request(context, chunk, batch, config=config), sizes)
+        settings = Settings(chunk, _as_run(config, session, machine))
+        request = Request(context, chunk, batch, config=config)
+        planned = _plan_of(facts, machine, request, settings, sizes)
         return Explanation(title, tuple(graphs), cache.stats(), planned)
 
 
+def _as_run(asked: HeadInferConfig, session: Session, machine: Machine) -> HeadInferConfig:
+    """``asked`` with what the steps of ``session`` took where it was left open."""
+    group, geometry = asked.head_group, session.geometry
+    if group == "auto" and not machine.is_known and geometry is not None:
+        group = {"prefill": 1, "decode": geometry.num_kv_heads}  # nothing was chosen
+    return replace(asked, num_slots=session.config.slots, head_group=group)
+
+
 def _plan_of(
-    facts: ModelFacts, machine: Machine, request: Request, sizes: Mapping[str, Any]
+    facts: ModelFacts,
+    machine: Machine,
+    request: Request,
+    settings: Settings,
+    sizes: Mapping[str, Any],
 ) -> Plan | None:
     """The plan of what is explained, with its settings; None where it does not fit here."""
     given: dict[str, Any] = {
@@ -208,9 +224,8 @@ def _plan_of(
         if name in ("gpu_budget", "host_budget", "page_tokens", "tail_tokens") and value != "auto"
     }
     request = replace(request, **given)
-    assert request.chunk is not None
     try:
-        return make_plan(facts, machine, request, Settings(request.chunk, request.config))
+        return make_plan(facts, machine, request, settings)
     except DoesNotFitError:
         return None
 
@@ -239,13 +254,15 @@ def _meta_model(model: Any, dtype: torch.dtype | None) -> PreTrainedModel:
 def _skip_chunk(graph: RecordedGraph, cache: HeadInferCache, start: int, new: int) -> None:
     """Let a chunk pass that looks like ``graph``: its workspace and its turns of the ring count."""
     session = cache.session
+    assert session.geometry is not None
+    graph.auto.settle(session, session.geometry, start, new)
     session.begin(start, new)
     moved = {
-        spec: len(plan_key(session, spec, graph.config).transfers())
+        spec: len(plan_key(session, spec, session.config).transfers())
         for spec in set(graph.site_specs)
     }
     session.base += sum(moved[spec] for spec in graph.site_specs)
-    session.base %= graph.config.num_slots
+    session.base %= session.config.slots
     session.commit()
     cache.length = start + new
 

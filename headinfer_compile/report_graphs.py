@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter
 from headinfer_compile.backend import compile_graph
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.executor import CompiledGraph
+from headinfer_compile.machine import Machine
 from headinfer_compile.passes.schedule import PlanKey
 from headinfer_compile.plan_key import chained_key
 from headinfer_compile.prediction import RegionWork
@@ -60,7 +61,7 @@ class RecordedGraph(CompiledGraph):
         following = self.site_specs[index + 1] if index + 1 < len(self.sites) else None
         self.session, self.step = session, session.step
         key = chained_key(
-            session, self.site_specs[index], following, self.site_specs[0], self.config
+            session, self.site_specs[index], following, self.site_specs[0], session.config
         )
         self.keys[index] = key
         return key
@@ -120,17 +121,24 @@ class Recorder:
     """A Dynamo backend that keeps every graph it compiles."""
 
     def __init__(
-        self, config: HeadInferConfig, graph_type: type[RecordedGraph], model: torch.nn.Module
+        self,
+        config: HeadInferConfig,
+        graph_type: type[RecordedGraph],
+        model: torch.nn.Module,
+        machine: Machine | None = None,
     ) -> None:
+        """Keep what ``machine``, where its rates are known, makes of the options left open."""
         self.graphs: list[RecordedGraph] = []
         self._config, self._graph_type = config, graph_type
+        self._machine = machine if machine is not None and machine.is_known else None
         embeddings = (m for m in model.modules() if isinstance(m, torch.nn.Embedding))
         self._embeddings = {id(module.weight) for module in embeddings}
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = compile_graph(
-            gm, example_inputs, self._config, graph_type=self._graph_type, keep_text=True
-        )
+            gm, example_inputs, self._config, graph_type=self._graph_type, keep_text=True,
+            machine=self._machine,
+        )  # fmt: skip
         if isinstance(compiled, RecordedGraph):
             self.graphs.append(compiled)
             weights = {

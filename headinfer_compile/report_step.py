@@ -28,13 +28,13 @@ def explain_step(graph: RecordedGraph, machine: Machine) -> StepPlan | None:
     geometry = session.geometry
     assert geometry is not None
     layout = session.layout(step.phase)
-    shape = StepShape(step, tuple(graph.specs), geometry, layout.head_group, graph.config.num_slots)
+    shape = StepShape(step, tuple(graph.specs), geometry, layout.head_group, session.config.slots)
     order = list(dict.fromkeys(graph.keys.values()))
     schedules = []
     for key in order:
         # What has run is built again for the text of its passes, and has been dumped already.
         dump = Dump(None) if key in graph.schedules else graph.dump
-        built, passes = build_schedule(PlanContext(key, graph.config), dump, keep_text=True)
+        built, passes = build_schedule(PlanContext(key, session.config), dump, keep_text=True)
         schedule = session.schedule_overrides.get(key) or graph.schedules.get(key, built)
         layers = tuple(graph.sites[i].layer for i, found in graph.keys.items() if found == key)
         ops = site_ops(schedule, shape)
@@ -66,6 +66,7 @@ def explain_step(graph: RecordedGraph, machine: Machine) -> StepPlan | None:
         shape=shape,
         prediction=_predict(graph, graph.keys, built_ops, regions, machine),
         choices=tuple(_choices(graph, session, step, regions, machine)),
+        reasons=dict(session.reasons),
     )
 
 
@@ -132,7 +133,7 @@ def _choices(
     heads, chosen = geometry.num_kv_heads, session.layout(step.phase).head_group
     sizes = {1 << power for power in range(heads.bit_length()) if 1 << power <= heads}
     for size in sorted(sizes | {heads, chosen}):
-        config = replace(graph.config, head_group=size)
+        config = replace(session.config, head_group=size)
         with _planning(session, step, config) as planned:
             specs = graph.site_specs
             keys = {
@@ -143,9 +144,7 @@ def _choices(
                 for index in graph.keys
             }  # fmt: skip
             layout = session.layout(step.phase)
-        shape = StepShape(
-            planned, tuple(graph.specs), geometry, layout.head_group, config.num_slots
-        )
+        shape = StepShape(planned, tuple(graph.specs), geometry, layout.head_group, config.slots)
         built = {}
         for key in dict.fromkeys(keys.values()):
             schedule, _ = build_schedule(PlanContext(key, config), Dump(None), keep_text=False)
@@ -158,7 +157,7 @@ def _choices(
             slot_tokens=layout.slot_tokens,
             transfers=len(ops),
             transfer_bytes=max((op.slot_bytes for op in ops), default=0),
-            slot_bytes=config.num_slots * size * layout.slot_tokens * geometry.head_token_bytes,
+            slot_bytes=config.slots * size * layout.slot_tokens * geometry.head_token_bytes,
             h2d_bytes=_streamed_bytes(keys.values(), shape),
             prediction=_predict(graph, keys, built, regions, machine),
         )

@@ -152,6 +152,8 @@ def _plan(step: StepPlan) -> Iterator[str]:
         f"{step.phase} layout: head group {step.head_group} ({key.groups} per site), "
         f"{key.num_slots} slots of {step.slot_tokens:,} tokens, transfers {ahead}"
     )
+    for name in (f"head_group.{step.phase}", "num_slots"):
+        yield f"{name}: {step.reasons[name]}"
     if key.chunks > 1:
         yield f"queries in {key.chunks} chunks of up to {step.query_chunk:,}, each streams the KV"
     for item in step.schedules:

@@ -58,7 +58,7 @@ class Session(Store):
         self.counters = Counters()
         self.specs: list[SiteSpec] = []
         self.kernels: dict[AttentionRequest, Kernel] = {}
-        self.ring: tuple[int, ...] = (NEVER_USED,) * self.config.num_slots
+        self.ring: tuple[int, ...] = (NEVER_USED,) * self.config.slots
         self.base = 0
         self.in_flight: tuple[object, ...] = ()
         """What the transfers carried over to the next site bring (``transfer_tags``)."""
@@ -142,8 +142,8 @@ class Session(Store):
             return
         if self.slots is not None:
             self.drain()
-            self.slots = None
-        self.ring, self.base = (NEVER_USED,) * config.num_slots, 0
+            self.drop_slots_unless(config)
+        self.ring, self.base = (NEVER_USED,) * config.slots, 0
         # Last: an equal config says that all above is done.
         self.config = config
 
@@ -258,7 +258,7 @@ class Session(Store):
         self.streams.join("h2d", "compute")
         if self.slots is not None:
             self.slots.forget()
-        self.ring, self.base = (NEVER_USED,) * self.config.num_slots, 0
+        self.ring, self.base = (NEVER_USED,) * self.config.slots, 0
         self.in_flight = ()
         self._unsettled = unsettled
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,10 @@ class Store:
         self.num_layers = num_layers
         self.options = options
         self.config = HeadInferConfig()
+        """The options in use: those asked for, with numbers for what these leave open."""
+        self.asked = self.config
+        self.reasons: Mapping[str, str] = {}
+        """Why ``config`` has its numbers, by the name of the option and the phase."""
         self.closed = False
         self.capability: tuple[int, int] | None = None
         self.regular_chunk = 0
@@ -140,8 +144,7 @@ class Store:
         tail_tokens = sizes.tail_tokens(geometry, options.tail_tokens)
         table = BlockTable(geometry, options.page_tokens, 0, 0, self._resident_room)
         fixed = (
-            self.config.num_slots
-            * sizes.slot_bytes(self.config, geometry, table.largest_page_tokens)
+            self.config.slots * sizes.slot_bytes(self.config, geometry, table.largest_page_tokens)
             + tail_tokens * geometry.token_bytes
             + sizes.staging_bytes(geometry, options.page_tokens)
         )
@@ -179,7 +182,7 @@ class Store:
         needed = self.forward_bytes + int(self.config.workspace_bytes)
         if self.slots is None:
             page = self.table.largest_page_tokens
-            needed += self.config.num_slots * sizes.slot_bytes(self.config, geometry, page)
+            needed += self.config.slots * sizes.slot_bytes(self.config, geometry, page)
         if self.staging is None:
             needed += sizes.staging_bytes(geometry, self.options.page_tokens)
         return default_gpu_budget(geometry.device, needed)
@@ -206,7 +209,7 @@ class Store:
             geometry = self.geometry
             assert geometry is not None
             nbytes = sizes.slot_bytes(self.config, geometry, self.table.largest_page_tokens)
-            count = self.config.num_slots
+            count = self.config.slots
             with refusing(
                 f"the GPU has no room for {count} slots of {format_bytes(nbytes)}: lower "
                 "slot_tokens, page_tokens or num_slots, or free GPU memory"
@@ -215,6 +218,13 @@ class Store:
             # The allocator may give memory that compute, in whose order it was freed, still uses.
             self.streams.join("h2d", "compute")
         return self.slots
+
+    def drop_slots_unless(self, config: HeadInferConfig) -> None:
+        """Give the slots up, none of which is in use, unless ``config`` has the same ones."""
+        assert self.slots is not None and self.geometry is not None
+        nbytes = sizes.slot_bytes(config, self.geometry, self.table.largest_page_tokens)
+        if (config.slots, nbytes) != (len(self.slots.slots), self.slots.slot_bytes):
+            self.slots = None
 
     def staging_tokens(self, geometry: Geometry) -> int:
         """Tokens of one staging buffer."""

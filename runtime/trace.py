@@ -208,7 +208,7 @@ class Timer:
                 done.step, done.new, done.phase = step, step.new, step.phase
                 done.specs, done.geometry = tuple(session.specs), session.geometry
                 done.head_group = session.layout(step.phase).head_group
-                done.num_slots = session.config.num_slots
+                done.num_slots = session.config.slots
                 done.end, done.host_end = self.mark("compute"), self.host_us()
                 self.steps.append(done)
         finally:
@@ -382,7 +382,7 @@ class Observer:
         for part, index in _ARGUMENTS.get(name, {}).items():
             setattr(span, part, args[index])
         if name == "prefetch":
-            span.slot = (args[4] + args[5]) % session.config.num_slots
+            span.slot = (args[4] + args[5]) % session.config.slots
         return span
 
 

@@ -9,6 +9,7 @@ import random
 import shlex
 import time
 import zlib
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_cuda)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _not_probed() -> Iterator[None]:
+    """Let no test depend on whether somebody has probed the machine it runs on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headinfer_compile.auto_settings.load_profile", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

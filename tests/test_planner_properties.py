@@ -10,10 +10,18 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from headinfer_compile.config import HeadInferConfig  # noqa: E402
 from headinfer_compile.errors import DoesNotFitError  # noqa: E402
 from headinfer_compile.machine import Machine, Rates  # noqa: E402
 from headinfer_compile.model_facts import Footprint, ModelFacts  # noqa: E402
-from headinfer_compile.plan_memory import Request  # noqa: E402
+from headinfer_compile.plan_memory import Memory, Request, Settings, memory_of  # noqa: E402
+from headinfer_compile.plan_search import (  # noqa: E402
+    CHUNKS,
+    Choice,
+    choose,
+    choose_slots,
+)
+from headinfer_compile.plan_time import decode_of, prefill_of  # noqa: E402
 from headinfer_compile.planner import Plan, make_plan  # noqa: E402
 from test_planner import check  # noqa: E402
 
@@ -123,3 +131,42 @@ def test_a_refused_plan_is_infeasible(case: tuple[ModelFacts, Machine], request:
     overhead = (256 + 512 + 32 + 64 + 64) * MIB + page
     slab = facts.num_layers * page
     assert room < overhead or kv > host + gpu - overhead - slab
+
+
+@st.composite
+def fixed_settings(draw: st.DrawFn, heads: int) -> Settings:
+    groups = st.sampled_from([group for group in range(1, heads + 1) if heads % group == 0])
+    config = HeadInferConfig(
+        head_group={"prefill": draw(groups), "decode": draw(groups)},
+        num_slots=draw(st.integers(2, 4)),
+    )
+    return Settings(draw(st.sampled_from(CHUNKS)), config)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases(), requests, st.data())
+def test_auto_is_never_far_behind_a_fixed_setting(
+    case: tuple[ModelFacts, Machine], request: Request, data: st.DataObject
+) -> None:
+    facts, machine = case
+    auto = choose(facts, machine, request)
+    fixed = data.draw(fixed_settings(facts.num_kv_heads))
+    if request.chunk is not None:
+        fixed = replace(fixed, chunk=request.chunk)
+    memory = memory_of(facts, machine, request, fixed, request.context)
+    if memory.shortage is None:
+        assert isinstance(auto, Choice)
+        phases = prefill_of(facts, machine, memory), decode_of(facts, machine, memory)
+        assert auto.seconds <= 1.03 * Choice(fixed, memory, *phases).seconds
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(cases(), requests)
+def test_the_quick_choice_of_slots_is_the_whole_one(
+    case: tuple[ModelFacts, Machine], request: Request
+) -> None:
+    facts, machine = case
+    request = replace(request, chunk=request.chunk or 2048)
+    found = choose(facts, machine, request)
+    memory = found if isinstance(found, Memory) else found.memory
+    assert choose_slots(facts, machine, request) == memory.settings.config.slots
