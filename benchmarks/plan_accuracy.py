@@ -40,7 +40,7 @@ from benchmarks.synthetic import fill_headinfer
 from headinfer_compile import HeadInferCache, headinfer
 from headinfer_compile.config import HeadInferConfig, parse_bytes
 from headinfer_compile.cost_model import evaluate
-from headinfer_compile.machine import Rates
+from headinfer_compile.machine import Rates, save_profile
 from headinfer_compile.model_facts import ModelFacts, facts_of
 from headinfer_compile.plan_memory import Request, Settings
 from headinfer_compile.plan_time import chunk_values
@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     args = cli.parse_args(argv)
     setup = prepare(args)
     profile = probe()
+    save_profile(profile)  # the backend chooses by the same rates
     say("probed in %.1f s: %s", profile.seconds, profile.rates)
     model = build(args.model, setup.device, layers=args.layers)
     runner = Runner(model, args.model, setup, profile.rates, args)

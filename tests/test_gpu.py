@@ -13,7 +13,9 @@ from torch import Tensor
 from harness import clean_dynamo, tiny_llama
 from headinfer_compile import HeadInferCache, headinfer
 from headinfer_compile.errors import HeadInferError
+from headinfer_compile.machine import MachineProfile, Rates
 from headinfer_compile.models import demo_source, load_model, load_tokenizer
+from headinfer_compile.runtime.sizes import Layout
 from headinfer_compile.runtime.spec import Geometry, kv_views
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +68,35 @@ def test_tokens_equal_the_resident_run(budget: int | str, num_slots: int, graphs
     assert (stats.sites_rewritten, stats.eager_updates, stats.materialised_layers) == (3, 0, 0)
     assert (stats.h2d_bytes > 0) == (stats.host_bytes > 0)
     assert ("replay" in stats.op_calls) == (graphs and budget == "1GiB")
+
+
+def test_head_groups_change_within_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Blocks that cost the host a second each: fewer of them are faster, whatever they move.
+    profile = MachineProfile("test", Rates(block_seconds=1.0), 0, 0, 1 << 34, 0.0, 0.0, "")
+    monkeypatch.setattr("headinfer_compile.auto_settings.load_profile", lambda: profile)
+    seed = torch.seed() % 2**31
+    model, ids = model_on_gpu(seed), prompt(seed, 900)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    model.compile(backend=headinfer, options={"lowering": "eager"})
+    cache = HeadInferCache(model.config, gpu_budget=0, page_tokens=64, tail_tokens=16)
+    groups: set[int] = set()
+    layout = cache.session.layout
+    monkeypatch.setattr(cache.session, "layout", lambda phase: _seen(layout(phase), phase, groups))
+    found = model.generate(
+        ids, past_key_values=cache, max_new_tokens=8, do_sample=False, prefill_chunk_size=160
+    )
+    stats = cache.stats()
+    assert torch.equal(found, expected), f"seed {seed}"
+    assert (stats.sites_rewritten, stats.eager_updates, stats.materialised_layers) == (3, 0, 0)
+    assert stats.h2d_bytes > 0 and groups == {1, 2}
+    # Room for both numbers of slots, so nothing speaks for two.
+    assert cache.session.config.slots == 3
+
+
+def _seen(layout: Layout, phase: str, groups: set[int]) -> Layout:
+    if phase == "prefill":
+        groups.add(layout.head_group)
+    return layout
 
 
 @pytest.mark.parametrize("heads", [(8, 2), (6, 3), (4, 4)])

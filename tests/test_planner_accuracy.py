@@ -9,6 +9,14 @@ import pytest
 
 from benchmarks import plan_accuracy, plan_sweep
 from benchmarks.common import read_rows
+from headinfer_compile.machine import load_profile
+
+
+@pytest.fixture(autouse=True)
+def own_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The benchmark keeps what it probes, and the backend chooses by it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("headinfer_compile.auto_settings.load_profile", load_profile)
 
 
 def test_an_entry_is_outside_beyond_its_tolerance() -> None:

@@ -50,7 +50,8 @@ def forward(model: Any, cache: HeadInferCache, tokens: int) -> None:
 
 
 def planned(model: Any, context: int, budget: int | None) -> Plan:
-    config = HeadInferConfig()
+    # What the backend takes where no probe is known to it, as in all tests.
+    config = HeadInferConfig(head_group={"prefill": 1, "decode": 8})
     machine = this_machine(measure=False, model=model)
     assert machine.rates == assumed_rates() or machine.source.startswith("measured")
     request = Request(context, CHUNK, gpu_budget=budget, config=config)

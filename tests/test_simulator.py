@@ -110,6 +110,24 @@ CASES = {
     "no hoisting": Case(LONG, {"disable_passes": ["hoist_prefetch"]}, {"tail_tokens": 4}),
     "some resident": Case(LONG, {"head_group": 1}, {"tail_tokens": 4, "gpu_budget": 10_000}),
     "one page": Case(SHORT, {}, {"tail_tokens": 4, "page_tokens": 128}),
+    # The ring stays while the heads in a slot change, as "auto" changes them.
+    "other groups": Case(
+        (
+            80,
+            80,
+            {"head_group": {"prefill": 2, "decode": 2}},
+            70,
+            1,
+            1,
+            66,
+            {"head_group": {"prefill": 1, "decode": 2}},
+            65,
+            1,
+            1,
+        ),
+        {"head_group": {"prefill": 1, "decode": 2}},
+        {"tail_tokens": 4},
+    ),
     "new prompt": Case((33, *[1] * 9, 0, 50, *[1] * 5), {"num_slots": 3}, {"tail_tokens": 3}),
 }
 
