@@ -3,6 +3,9 @@
 Everything is streamed (``gpu_budget=0``), since settings matter there. Settings take turns in each
 round, whose first is not counted. Every setting keeps a cache of its own, so that pages are made
 once: take fewer layers where they do not fit. Fails where ``auto`` is over 3 % behind the best.
+
+What is left at ``auto`` is chosen by the rates of ``headinfer probe``: give ``--probe`` where that
+was not run. Rows say what the last step ran under, and why.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from benchmarks.common import (
 )
 from benchmarks.models import build
 from benchmarks.variants import Variant, Variants
+from headinfer_compile.probe import this_machine
 
 SETTINGS = (
     "",
@@ -76,9 +80,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
     add("--base", default="headinfer:0", help="the variant that the settings are added to")
     add("--rounds", type=int, default=2, help="counted rounds")
     add("--steps", type=int, default=8)
+    add("--probe", action="store_true", help="probe first, unless that was done before")
     add("--lowering", choices=("inductor", "eager"), default="inductor")
     args = cli.parse_args(argv)
     setup = prepare(args)
+    if args.probe:
+        this_machine()
     model = build(args.model, setup.device, layers=args.layers)
     variants = Variants(model)
     ids = torch.randint(0, model.config.vocab_size, (1, args.context), device=setup.device)
@@ -92,9 +99,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
                 found[1] * 1e3)  # fmt: skip
             if turn:
                 times[name].append(found)
-    for variant in made.values():
-        variant.close()
     rows = [_row(args, setup.tag, name, times[name], model) for name in names]
+    for row, variant in zip(rows, made.values(), strict=True):
+        config = variant.cache.session.config
+        row["chosen"] = {"head_group": config.head_group, "num_slots": config.slots}
+        row["reasons"] = dict(variant.cache.session.reasons)
+        variant.close()
     best = {
         part: min(row[part] for row in rows) for part in ("prefill_seconds", "seconds_per_token")
     }

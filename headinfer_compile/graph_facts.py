@@ -17,6 +17,7 @@ from headinfer_compile.passes.graph_utils import node_value
 
 _LEFT_OPERAND = {
     "linear": 0, "matmul": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "grouped_mm": 0,
+    "grouped_mm_fallback": 0,
 }  # fmt: skip
 """Matrix products, and which of their inputs has the rows."""
 

@@ -30,7 +30,8 @@ from headinfer_compile.plan_memory import Request, Settings, memory_of
 from headinfer_compile.plan_search import NOT_PROBED, Choice, choose
 from headinfer_compile.plan_time import decode_of, prefill_of
 from headinfer_compile.planner import make_plan
-from headinfer_compile.report_graphs import PlannedGraph, Recorder
+from headinfer_compile.report_graphs import PlannedGraph, RecordedGraph, Recorder
+from model_zoo import FAMILIES
 
 GIB = 1 << 30
 LAYERS = 2
@@ -119,6 +120,26 @@ def test_the_facts_of_a_graph_are_those_of_its_model(steps: Steps, facts: ModelF
         for part in ("region", "site", "elementwise"):
             mine, its = getattr(found.footprint, part), getattr(facts.footprint, part)
             assert mine == pytest.approx(its, rel=0.01), part
+
+
+@pytest.mark.parametrize(
+    "name", ["Mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Gemma 3", "Qwen3"))]
+)
+def test_the_products_of_experts_and_the_windows_are_seen(name: str, seed: int) -> None:
+    (family,) = (family for family in FAMILIES if family.name == name)
+    model: Any = family.make(seed)
+    wanted, recorder = (
+        facts_of(model),
+        Recorder(HeadInferConfig(lowering="eager"), RecordedGraph, model, ROOMY),
+    )
+    with clean_dynamo(), HeadInferCache(model.config, gpu_budget=0) as cache, torch.no_grad():
+        model.compile(backend=recorder)
+        model(torch.zeros(1, 100, dtype=torch.int64), past_key_values=cache, logits_to_keep=1)
+    (graph,) = recorder.graphs
+    found = graph.auto.facts
+    assert found is not None and found.windows == wanted.windows
+    for part in ("matrix_elements", "head_elements"):
+        assert getattr(found, part) == pytest.approx(getattr(wanted, part), rel=0.01), part
 
 
 @pytest.mark.parametrize("chunk", [512, 2048])
