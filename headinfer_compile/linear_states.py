@@ -69,12 +69,15 @@ class LinearStates:
         return all(layer.is_croppable for layer in self._layers)
 
     def crop(self, count: int) -> None:
-        """Drop the newest ``count`` tokens.
+        """Drop the newest ``count`` tokens, and what was recorded to drop more than these.
 
         Raises:
-            CacheError: Recurrent states cannot go back; nothing is dropped.
+            CacheError: States cannot go back so far; nothing is dropped.
         """
-        if count == 0 or not self._layers:
+        if count == 0:
+            self._forget_past()
+            return
+        if not self._layers:
             return
         if not self.can_roll_back or not all(layer.record_past for layer in self._layers):
             raise CacheError(
@@ -82,9 +85,34 @@ class LinearStates:
                 "token that was seen and cannot go back. Use reset() and feed the prompt again, or "
                 "a mode of generate without rollback (no assistant, no prompt lookup)"
             )
+        recorded = min(self._recorded(layer) for layer in self._layers)
+        if count > recorded:
+            raise CacheError(
+                f"crop(-{count}) on a model with convolutions: their states have recorded the "
+                f"newest {recorded} tokens, and what was before cannot come back. Use reset() and "
+                "feed the prompt again"
+            )
         for layer in self._layers:
             layer.crop(-count)
         self._forget()
+
+    def _recorded(self, layer: Any) -> int:
+        """Tokens by which the convolutions of ``layer`` can go back: to nothing, or to a kernel."""
+        length = self._length()
+        widths = {at: state.shape[-1] for at, state in layer.conv_states.items()}
+        return min(
+            length if width >= length else width - layer.conv_kernel_size[at]
+            for at, width in widths.items()
+        )
+
+    def _forget_past(self) -> None:
+        """Let go of recorded inputs, a whole prompt's at first, that no later call reads.
+
+        A call to undo is undone still: what is left are views of the tensors that are restored.
+        """
+        for layer in self._layers:
+            if layer.record_past and all(layer.is_conv_states_initialized.values()):
+                layer.crop(0)
 
     def reset(self) -> None:
         """Start from nothing."""

@@ -40,6 +40,7 @@ CHUNKED_TURNS = Version(transformers.__version__) >= Version("5.21")
 #: Two logits of the oracle that are closer than this are a tie.
 TIE = 1e-4
 MAX_LOGIT_DIFFERENCE = 1e-4
+_WITHOUT_KV = ("linear_attention", "conv")
 
 
 def tiny_llama(
@@ -182,7 +183,7 @@ class CompiledModel:
         """Layers of the model that keep K and V."""
         config = self.resident.config.get_text_config(decoder=True)
         kinds = getattr(config, "layer_types", None) or ["full"] * config.num_hidden_layers
-        return sum(kind != "linear_attention" for kind in kinds)
+        return sum(kind not in _WITHOUT_KV for kind in kinds)
 
     def cache(self, **options: Any) -> HeadInferCache:
         """A cache of small pages and a small tail, so that little fits on the device."""
@@ -205,7 +206,7 @@ class CompiledModel:
     def resident_cache(self) -> DynamicCache:
         """What the oracle runs on: every token of every attention layer on the device."""
         config = self.resident.config.get_text_config(decoder=True)
-        if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        if not set(_WITHOUT_KV).isdisjoint(getattr(config, "layer_types", None) or ()):
             return DynamicCache(config=config)
         return DynamicCache()
 

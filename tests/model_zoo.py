@@ -190,6 +190,13 @@ FAMILIES = (
         },
     ),
     Family(
+        "LFM2", "Lfm2Config", "Lfm2ForCausalLM",
+        {
+            **_BASE, "num_hidden_layers": 3, "num_key_value_heads": 3,
+            "layer_types": ["conv", _FULL, "conv"], "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    Family(
         "Qwen2.5-VL (text)", "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration",
         {
             "text_config": {
