@@ -12,11 +12,11 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ from headinfer_compile.config import format_bytes, parse_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
+_Item = TypeVar("_Item")
 
 _START = time.perf_counter()
 
@@ -166,6 +167,16 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     text = json.dumps([merged[key] for key in sorted(merged)], indent=1)
     scratch.write_text(text + "\n", encoding="utf-8")
     scratch.replace(path)
+
+
+def in_turns(items: Sequence[_Item], rounds: int) -> Iterator[tuple[int, _Item]]:
+    """Each item once in each of ``rounds`` rounds, with the number of the round.
+
+    Every other round goes backwards, so that none is always the one after the heaviest.
+    """
+    for turn in range(rounds):
+        for item in items if turn % 2 == 0 else reversed(items):
+            yield turn, item
 
 
 def summary(values: Sequence[float], digits: int = 4) -> Row:

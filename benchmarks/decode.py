@@ -16,6 +16,7 @@ from benchmarks.common import (
     Row,
     Setup,
     format_tokens,
+    in_turns,
     parse_tokens,
     parser,
     prepare,
@@ -26,10 +27,9 @@ from benchmarks.common import (
     synchronize,
     write_rows,
 )
-from benchmarks.models import build
-from benchmarks.prefill import make_variant, usable
-from benchmarks.roofline import Roofline, measure
-from benchmarks.variants import DEFAULT, Variant, Variants
+from benchmarks.prefill import prepare_variants
+from benchmarks.roofline import Roofline
+from benchmarks.variants import DEFAULT, Variant
 
 WARMUP = 4
 
@@ -163,27 +163,18 @@ def main(argv: list[str] | None = None) -> list[Row]:
     add("--lowering", choices=("inductor", "eager"), default="inductor")
     args = cli.parse_args(argv)
     setup = prepare(args)
-    model = build(args.model, setup.device, layers=args.layers)
-    variants = Variants(model)
-    say(
-        "%s: %d layers, best kernel %s", args.model, model.config.num_hidden_layers, variants.kernel
-    )
-    names = [name for name in args.variants if usable(variants, name)]
-    roofline = measure(setup.device, variants.make("resident").shape, model.dtype)
-    say("%s", roofline.as_row())
-    made = {name: make_variant(variants, name, args.lowering) for name in names}
+    model, roofline, made = prepare_variants(args, setup)
     rows: dict[str, Row] = {}
     for context in args.context:
         ids = torch.randint(0, model.config.vocab_size, (1, context), device=setup.device)
-        cells = [Cell(made[name], context, args.chunk, setup) for name in names]
-        for turn in range(args.rounds):
-            for cell in cells if turn % 2 == 0 else reversed(cells):
-                if cell.failure is None:
-                    cell.run(ids, args.steps, args.rounds, args.synthetic)
-                row = cell.row(roofline, args.synthetic, args.note)
-                _report(cell, row, turn)
-                rows[row["id"]] = row
-                write_rows(args.out, [row])
+        cells = [Cell(variant, context, args.chunk, setup) for variant in made]
+        for turn, cell in in_turns(cells, args.rounds):
+            if cell.failure is None:
+                cell.run(ids, args.steps, args.rounds, args.synthetic)
+            row = cell.row(roofline, args.synthetic, args.note)
+            _report(cell, row, turn)
+            rows[row["id"]] = row
+            write_rows(args.out, [row])
         for cell in cells:
             cell.variant.close()
     return list(rows.values())

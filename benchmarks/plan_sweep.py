@@ -20,6 +20,7 @@ import torch
 from benchmarks.common import (
     Row,
     format_tokens,
+    in_turns,
     parse_tokens,
     parser,
     prepare,
@@ -92,13 +93,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
     names = list(dict.fromkeys(["", *args.settings]))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     made = {name: variants.make(args.base + name, lowering=args.lowering) for name in names}
-    for turn in range(args.rounds + 1):
-        for name in names if turn % 2 == 0 else reversed(names):
-            found = run(made[name], ids, args.chunk, args.steps)
-            say("round %d, %-18s %.3f s, %.2f ms a token", turn, name or "auto", found[0],
-                found[1] * 1e3)  # fmt: skip
-            if turn:
-                times[name].append(found)
+    for turn, name in in_turns(names, args.rounds + 1):
+        found = run(made[name], ids, args.chunk, args.steps)
+        say("round %d, %-18s %.3f s, %.2f ms a token", turn, name or "auto", found[0],
+            found[1] * 1e3)  # fmt: skip
+        if turn:
+            times[name].append(found)
     rows = [_row(args, setup.tag, name, times[name], model) for name in names]
     for row, variant in zip(rows, made.values(), strict=True):
         config = variant.cache.session.config

@@ -6,16 +6,19 @@ round is not counted: it compiles, plans kernels and takes memory; its time is k
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.common import (
     Peak,
     Row,
     Setup,
     format_tokens,
+    in_turns,
     parse_tokens,
     parser,
     prepare,
@@ -119,28 +122,18 @@ def main(argv: list[str] | None = None) -> list[Row]:
     add("--lowering", choices=("inductor", "eager"), default="inductor")
     args = cli.parse_args(argv)
     setup = prepare(args)
-    model = build(args.model, setup.device, layers=args.layers)
-    variants = Variants(model)
-    say(
-        "%s: %d layers, best kernel %s", args.model, model.config.num_hidden_layers, variants.kernel
-    )
-    names = [name for name in args.variants if usable(variants, name)]
-    roofline = measure(setup.device, variants.make("resident").shape, model.dtype)
-    say("%s", roofline.as_row())
-    made = {name: make_variant(variants, name, args.lowering) for name in names}
+    model, roofline, made = prepare_variants(args, setup)
     rows: dict[str, Row] = {}
     for context in args.context:
         ids = torch.randint(0, model.config.vocab_size, (1, context), device=setup.device)
-        cells = [Cell(made[name], context, args.chunk, setup) for name in names]
-        for turn in range(args.rounds + 1):
-            # Every other round backwards, so that none is always the one after the heaviest.
-            for cell in cells if turn % 2 == 0 else reversed(cells):
-                if cell.failure is None:
-                    cell.run(ids, warmup=turn == 0)
-                    _report(cell, turn)
-                row = cell.row(roofline, cells[0].logits, args.note)
-                rows[row["id"]] = row
-                write_rows(args.out, [row])
+        cells = [Cell(variant, context, args.chunk, setup) for variant in made]
+        for turn, cell in in_turns(cells, args.rounds + 1):
+            if cell.failure is None:
+                cell.run(ids, warmup=turn == 0)
+                _report(cell, turn)
+            row = cell.row(roofline, cells[0].logits, args.note)
+            rows[row["id"]] = row
+            write_rows(args.out, [row])
         for cell in cells:
             cell.variant.close()
     return list(rows.values())
@@ -151,6 +144,21 @@ def _error(logits: torch.Tensor | None, reference: torch.Tensor | None) -> float
     if logits is None or reference is None:
         return None
     return round(float((logits - reference).norm() / reference.norm()), 6)
+
+
+def prepare_variants(
+    args: argparse.Namespace, setup: Setup
+) -> tuple[PreTrainedModel, Roofline, list[Variant]]:
+    """The model, the rates of the machine, and those of ``args.variants`` that run here."""
+    model = build(args.model, setup.device, layers=args.layers)
+    variants = Variants(model)
+    say(
+        "%s: %d layers, best kernel %s", args.model, model.config.num_hidden_layers, variants.kernel
+    )
+    names = [name for name in args.variants if usable(variants, name)]
+    roofline = measure(setup.device, variants.make("resident").shape, model.dtype)
+    say("%s", roofline.as_row())
+    return model, roofline, [make_variant(variants, name, args.lowering) for name in names]
 
 
 def usable(variants: Variants, name: str) -> bool:

@@ -22,6 +22,7 @@ from benchmarks.common import (
     Peak,
     Row,
     Setup,
+    in_turns,
     parse_tokens,
     parser,
     prepare,
@@ -219,30 +220,28 @@ def _measure(
     cells = {(s, q): Cell(s, q) for s in args.settings for q in args.queries}
     config = model.model.config
     rows: dict[str, Row] = {}
-    for turn in range(args.rounds):
-        order = list(cells) if turn % 2 == 0 else list(reversed(cells))
-        for setting, queries in order:
-            cell = cells[setting, queries]
-            settle = SETTLE if setting == "auto" and turn == 0 else 0
-            cell.run(model, cache, args.steps, settle)
-            name = f"{config.model_type}-{config.num_hidden_layers}/n{context}/q{queries}/{setting}"
-            name += "" if budget == "0" else f"/{budget}"
-            row = {
-                "id": f"three_way/{setup.tag}/{name}", "case": "three_way", "context": context,
-                "model": config.model_type, "layers": config.num_hidden_layers, "synthetic": True,
-                **cell.row(), "logits": logits[setting], "gpu_budget": budget,
-                "weight_bytes": shape.weight_bytes, "roofline": roofline,
-                "resident_bytes": cache.stats().resident_bytes, "cpu_threads": _threads(cache),
-                **provenance(setup.device, args.note),
-            }  # fmt: skip
-            rows[row["id"]] = row
-            write_rows(args.out, [row])
-            say(
-                "%d queries, %-4s round %d: %.3f ms (queued %.3f, host %.3f), link %s + CPU %s "
-                "GB/s, blocks %s, lead %s us", queries, setting, turn, row["step_ms"]["median"],
-                row["queued_step_ms"]["median"], row["host_ms"]["median"], row["link_gb_s"],
-                row["cpu_gb_s_while_busy"], row["blocks_sent_and_on_cpu"], row["cpu_lead_us"],
-            )  # fmt: skip
+    for turn, (setting, queries) in in_turns(list(cells), args.rounds):
+        cell = cells[setting, queries]
+        settle = SETTLE if setting == "auto" and turn == 0 else 0
+        cell.run(model, cache, args.steps, settle)
+        name = f"{config.model_type}-{config.num_hidden_layers}/n{context}/q{queries}/{setting}"
+        name += "" if budget == "0" else f"/{budget}"
+        row = {
+            "id": f"three_way/{setup.tag}/{name}", "case": "three_way", "context": context,
+            "model": config.model_type, "layers": config.num_hidden_layers, "synthetic": True,
+            **cell.row(), "logits": logits[setting], "gpu_budget": budget,
+            "weight_bytes": shape.weight_bytes, "roofline": roofline,
+            "resident_bytes": cache.stats().resident_bytes, "cpu_threads": _threads(cache),
+            **provenance(setup.device, args.note),
+        }  # fmt: skip
+        rows[row["id"]] = row
+        write_rows(args.out, [row])
+        say(
+            "%d queries, %-4s round %d: %.3f ms (queued %.3f, host %.3f), link %s + CPU %s "
+            "GB/s, blocks %s, lead %s us", queries, setting, turn, row["step_ms"]["median"],
+            row["queued_step_ms"]["median"], row["host_ms"]["median"], row["link_gb_s"],
+            row["cpu_gb_s_while_busy"], row["blocks_sent_and_on_cpu"], row["cpu_lead_us"],
+        )  # fmt: skip
     stats = cache.stats()
     assert stats.eager_updates == stats.materialised_layers == 0, stats
     return list(rows.values())

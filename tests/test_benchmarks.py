@@ -23,7 +23,7 @@ from benchmarks import (
     timeline,
 )
 from benchmarks.attention import is_bottom_right, split_attend
-from benchmarks.common import format_tokens, parse_tokens, read_rows, summary, write_rows
+from benchmarks.common import format_tokens, in_turns, parse_tokens, read_rows, summary, write_rows
 from benchmarks.models import build, shape_of
 from benchmarks.synthetic import fill_headinfer
 from benchmarks.variants import Variants
@@ -51,6 +51,12 @@ def test_tokens_are_parsed_and_printed() -> None:
         assert parse_tokens(text) == count
     assert [format_tokens(n) for n in (96, 32768, 1 << 20, 1 << 21)] == ["96", "32K", "1M", "2M"]
     assert summary([3.0, 1.0, 2.0]) == {"median": 2.0, "p10": 1.0, "p90": 3.0, "count": 3}
+
+
+def test_every_other_round_goes_backwards() -> None:
+    found = [(turn, item) for turn, item in in_turns("abc", 3)]
+    assert found == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a"), (2, "a"),
+                     (2, "b"), (2, "c")]  # fmt: skip
 
 
 def test_rows_are_merged_by_id(tmp_path: Path) -> None:
