@@ -114,6 +114,7 @@ def _step(step: StepPlan) -> dict[str, Any]:
         "new": step.new,
         "phase": step.phase,
         "head_group": step.head_group,
+        "why_head_group": step.reasons[f"head_group.{step.phase}"],
         "slot_tokens": step.slot_tokens,
         "query_chunk": step.query_chunk,
         "num_slots": key.num_slots,

@@ -189,7 +189,7 @@ function drawChoices(graph) {
       duration(c.us), c.chosen ? "" : `${(c.us / base.us).toFixed(3)} x`, LIMITS[c.limit]],
   }));
   section.replaceChildren(el("h2", {}, "What another head group would change"),
-    el("p", { class: "note" }, "The same step, planned anew with each head_group and else the same options. A slot holds as many bytes either way, so fewer heads make longer KV blocks."),
+    el("p", { class: "note" }, `The same step, planned anew with each head_group and else the same options. A slot holds as many bytes either way, so fewer heads make longer KV blocks. Why this plan has ${base.head_group}: ${graph.step.why_head_group}.`),
     table([["option"], ["groups per site", "n"], ["tokens per slot", "n"], ["transfers", "n"], ["largest", "n"], ["all slots", "n"], ["bytes to the device", "n"], ["predicted", "n"], ["", "n"], ["limited by"]], rows));
 }
 

@@ -177,6 +177,7 @@ def test_the_questions_of_someone_who_knows_fx(desktop: Any, explanation: Explan
     choice = next(choice for choice in step.choices if choice.head_group == 2)
     assert f"\t{choice.transfers:,}\t" in other
     assert "this plan" in next(row for row in options if row.startswith("head_group=3"))
+    assert step.reasons["head_group.decode"] in texts(desktop, "#choices .note")[0]
 
 
 def test_an_op_shows_what_it_touches(desktop: Any, explanation: Explanation) -> None:
