@@ -47,7 +47,7 @@ def fill_headinfer(cache: HeadInferCache, tokens: int) -> None:
         if block.start + block.tokens <= real:
             continue
         count = block.tokens * geometry.layer_token_bytes // geometry.dtype.itemsize
-        for k, _ in block.pages:
+        for k, _ in block.pages.values():
             # K's view begins the page: the page as one run, which copies at the link's rate.
             page = k.as_strided((count,), (1,), k.storage_offset())
             page.copy_(source[:count], non_blocking=True)

@@ -16,12 +16,14 @@ from headinfer_compile.cache_arguments import (
     find_device,
     layers_with_kv,
     token_bytes,
+    window_of,
 )
 from headinfer_compile.cache_protocol import CacheProtocol
 from headinfer_compile.errors import CacheError, ClosedError
 from headinfer_compile.flex_masks import register_block_masks
 from headinfer_compile.linear_states import LinearStates, linear_layers
 from headinfer_compile.passes.schedule import Schedule
+from headinfer_compile.runtime.retention import check_crop
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.store import SessionOptions
 from headinfer_compile.runtime.transfer_ops import update_without_schedule
@@ -67,7 +69,7 @@ class HeadInferCache(CacheProtocol):
         text, kinds, with_kv = layers_with_kv(config)
         self._make(
             len(kinds), with_kv[-1], gpu_budget, host_budget, page_tokens, tail_tokens, strict,
-            device,
+            device, tuple((layer, window_of(text, kinds[layer])) for layer in with_kv),
         )  # fmt: skip
         self._token_bytes = token_bytes(text, len(with_kv))
         self._hold_states(linear_layers(text, kinds))
@@ -109,7 +111,7 @@ class HeadInferCache(CacheProtocol):
     def _make(
         self, num_layers: int, last_layer: int, gpu_budget: int | str, host_budget: int | str,
         page_tokens: int | str, tail_tokens: int | str, strict: bool,
-        device: torch.device | str | None,
+        device: torch.device | str | None, windows: tuple[tuple[int, int | None], ...] = (),
     ) -> None:  # fmt: skip
         self._hold_states([])
         self.layer_class_to_replicate = None
@@ -119,6 +121,7 @@ class HeadInferCache(CacheProtocol):
             host_budget=auto_bytes(host_budget, "host_budget"),
             page_tokens=auto_count(page_tokens, "page_tokens"),
             tail_tokens=auto_count(tail_tokens, "tail_tokens"),
+            windows=windows,
             device=None if device is None else find_device(device),
         )
         self.num_layers = num_layers
@@ -178,6 +181,7 @@ class HeadInferCache(CacheProtocol):
                 f"layer {layer} updates a cache whose last layer is {self.last_layer}: it was made "
                 "for another model's config; use HeadInferCache(model.config)"
             )
+        self.session.check_layers([layer])
         if not self._warned:
             message = why_eager(sys._getframe(2))
             if self.strict:
@@ -214,7 +218,8 @@ class HeadInferCache(CacheProtocol):
             tokens_to_remove: Zero or a negative count, as ``generate`` passes it.
 
         Raises:
-            CacheError: The count is positive, or more than the cache holds.
+            CacheError: The count is positive, or more than the cache holds, or layers with a window
+                have given up tokens that they would see again.
         """
         # transformers before 5.23 counts with a tensor.
         counts = isinstance(tokens_to_remove, (int, torch.Tensor))
@@ -225,6 +230,7 @@ class HeadInferCache(CacheProtocol):
                 "of tokens to drop, at most as many as are held"
             )
         length = self.length - count
+        check_crop(self.session, length)
         self.linear.crop(count)
         # The session may be ahead: a call that is cut short can end before it is counted here.
         self.session.crop(self.session.length - length)

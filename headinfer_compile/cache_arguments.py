@@ -31,12 +31,23 @@ def layers_with_kv(config: PretrainedConfig) -> tuple[Any, list[str], list[int]]
     num_layers = getattr(text, "num_hidden_layers", None)
     if not num_layers:
         raise CacheError(f"{name} has no num_hidden_layers: it keeps no KV cache")
-    kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * num_layers)
+    kinds = list(getattr(text, "layer_types", None) or [])
+    if not kinds:
+        windowed = getattr(text, "sliding_window", None) is not None
+        windowed = windowed and getattr(text, "use_sliding_window", True)
+        kinds = ["sliding_attention" if windowed else "full_attention"] * num_layers
     owned = kinds[: num_layers - (getattr(text, "num_kv_shared_layers", None) or 0)]
     with_kv = [i for i, kind in enumerate(owned) if kind not in _NO_KV_LAYERS]
     if not with_kv:
         raise CacheError(f"{name} has no attention layer: it keeps no KV cache")
     return text, kinds, with_kv
+
+
+def window_of(config: Any, kind: str) -> int | None:
+    """The tokens that a layer of this kind sees, as far as a config tells; None: all."""
+    if kind == "chunked_attention":
+        return getattr(config, "attention_chunk_size", None)
+    return getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
 
 
 def token_bytes(config: Any, layers: int) -> int:

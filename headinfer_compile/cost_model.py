@@ -35,6 +35,7 @@ SYMBOLS = {
     "Q": "query tokens attended at once",
     "S_gpu": "tokens of resident blocks",
     "S_host": "tokens of host blocks",
+    "S_past": "of these, tokens that layers with a window have given up, summed over layers",
     "weights": "bytes of the model",
     "library": "bytes that cuBLAS keeps",
     "a_region": "activation bytes of a token between attentions, from the graph",
@@ -70,7 +71,7 @@ def formulas() -> Mapping[str, sympy.Expr]:
     token = v["L"] * v["Hkv"] * row
     found: dict[str, Any] = {"kv_bytes": token * v["S"]}
     found["resident_bytes"] = token * v["S_gpu"]
-    found["host_bytes"] = token * v["S_host"]
+    found["host_bytes"] = token * v["S_host"] - v["Hkv"] * row * v["S_past"]
     found["slot_bytes"] = v["N"] * Max(v["g_p"] * v["T_p"], v["g_d"] * v["T_d"]) * row
     found["staging_bytes"] = 2 * v["T_s"] * v["Hkv"] * row
     found["tail_bytes"] = v["T_t"] * token

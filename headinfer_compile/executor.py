@@ -26,6 +26,7 @@ from headinfer_compile.passes.lower import RegionReport
 from headinfer_compile.passes.pipeline import Dump, PassReport, build_prologue, build_schedule
 from headinfer_compile.passes.schedule import PlanContext, PlanKey, Schedule
 from headinfer_compile.plan_key import chained_key
+from headinfer_compile.runtime.masks import MaskForm
 from headinfer_compile.runtime.ops import session_of
 from headinfer_compile.runtime.rows import unequal_neighbours
 from headinfer_compile.runtime.session import Session
@@ -98,6 +99,15 @@ class CompiledGraph:
             if spec not in self.specs:
                 self.specs.append(spec)
             self.site_specs.append(self.specs.index(spec))
+        materialised = {
+            node.args[3]
+            for node in self.graph_module.graph.nodes
+            if node.target is torch.ops.headinfer.update_kv.default
+        }
+        self.forms: dict[int, list[MaskForm]] = {}
+        for site, number in zip(self.sites, self.site_specs, strict=True):
+            if site.layer not in materialised:
+                self.forms.setdefault(site.layer, []).append(self.specs[number].mask)
         self._steps = StepGraphs(self)
         self._nvtx = self.config.nvtx and torch.cuda.is_available()
         self._install_sites()
@@ -180,10 +190,12 @@ class CompiledGraph:
         # Dynamo shares a graph between models of one shape: which one calls is in the arguments.
         caller = (id(self), id(args[self.parameter_index]))
         if session.claimed_by != caller:
+            session.check_layers(site.layer for site in self.sites)
             session.claim(frozenset(id(a) for a in args if isinstance(a, torch.nn.Parameter)))
             session.claimed_by = caller
         self.auto.claim(session, self.config)
         session.specs = self.specs
+        session.forms = self.forms
         batched = [(args[index], dim) for index, dim in self.batch_inputs]
         session.sharing.unequal_inputs = partial(_unequal_inputs, batched) if batched else None
 

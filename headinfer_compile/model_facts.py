@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from headinfer_compile.activations import Activations, activation_model, sizes_of
 from headinfer_compile.cache import HeadInferCache
+from headinfer_compile.cache_arguments import layers_with_kv, window_of
 from headinfer_compile.cache_protocol import cache_argument
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import OptionError
@@ -163,16 +164,8 @@ def shape_facts(model: PreTrainedModel, name: str) -> ModelFacts:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kinds = list(getattr(config, "layer_types", None) or [])
-    window = getattr(config, "sliding_window", None)
-    if not kinds:
-        windowed = window is not None and getattr(config, "use_sliding_window", True)
-        kinds = ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
-    windows = tuple(
-        window if kind == "sliding_attention" else None
-        for kind in kinds[: len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)]
-        if kind.endswith("attention") and kind != "linear_attention"
-    )
+    _, kinds, with_kv = layers_with_kv(model.config)
+    windows = tuple(window_of(config, kinds[layer]) for layer in with_kv)
     owner: Any = model
     embedding: torch.Tensor = owner.get_input_embeddings().weight
     output: torch.Tensor = owner.get_output_embeddings().weight

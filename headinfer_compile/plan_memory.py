@@ -114,7 +114,15 @@ def memory_of(
     shape = shape_of(facts, request, gpus)
     chunk = min(settings.chunk, context)
     tail = sizes.tail_tokens(shape, request.tail_tokens)
-    blocks = BlockPlan(shape.layer_token_bytes, shape.num_layers, request.page_tokens, 0)
+    windows = tuple(window for window in facts.windows if window is not None)
+    blocks = BlockPlan(
+        shape.layer_token_bytes,
+        shape.num_layers,
+        request.page_tokens,
+        0,
+        windows=windows,
+        chunk=chunk,
+    )
     page = blocks.tokens_of(64)
     phases = {name: sizes.phase_layout(config, shape, page, name) for name in ("prefill", "decode")}
     prefill, decode = phases["prefill"], phases["decode"]
@@ -157,7 +165,10 @@ def memory_of(
     values["S_gpu"] = blocks.gpu_bytes // shape.token_bytes
     values["S_host"] = blocks.host_bytes // shape.token_bytes
     needed = outside + sum(fixed.values()) + blocks.gpu_bytes + ALLOCATOR_SLACK_BYTES
-    host_bytes = int(values["S_host"]) * facts.token_bytes * batch
+    # The host serves the layers of all cards.
+    given_up = blocks.given_up_bytes(context)
+    values["S_past"] = given_up // shape.layer_token_bytes
+    host_bytes = int(values["S_host"]) * facts.token_bytes * batch - given_up
     host_limit = machine.host_memory
     if request.host_budget is not None:
         host_limit = min(host_limit, request.host_budget)

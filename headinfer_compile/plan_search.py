@@ -18,6 +18,7 @@ ALL_HEADS = "all heads: a larger copy is a faster one, and nothing else depends 
 TOO_LITTLE = "more would leave too little of the device for KV"
 NOT_PROBED = "the default: no rates of this machine are known (headinfer probe measures them)"
 NO_FASTER = "others are no faster"
+_MOST_TOKENS = 1 << 32
 _NEW_TOKENS = 256
 """Answer length for which settings are chosen."""
 
@@ -185,19 +186,20 @@ def smallest_settings(request: Request) -> Settings:
 
 def largest_context(facts: ModelFacts, machine: Machine, request: Request) -> tuple[int, str]:
     """The most tokens that some settings hold, 0 if there are none, and what more would lack."""
-    host = machine.host_memory
-    if request.host_budget is not None:
-        host = min(host, request.host_budget)
-    token = facts.token_bytes * request.batch
-    device = machine.gpus * machine.gpu_memory or request.gpu_budget or 0
-    low, high = 0, (host + device) // token + 2
-    limit = "GPU memory" if machine.gpu_memory else "host memory"
+
+    def lacks(context: int) -> str | None:
+        asked = replace(request, context=context)
+        found = memory_of(facts, machine, asked, smallest_settings(asked), context)
+        return None if found.shortage is None else f"{found.shortage.where} memory"
+
+    low, high, limit = 0, 1024, lacks(1024)
+    while limit is None:
+        if high >= _MOST_TOKENS:
+            return high, "nothing: every layer has a window"
+        low, high = high, 2 * high
+        limit = lacks(high)
     while high - low > 1:
         middle = (low + high) // 2
-        asked = replace(request, context=middle)
-        found = memory_of(facts, machine, asked, smallest_settings(asked), middle)
-        if found.shortage is None:
-            low = middle
-        else:
-            high, limit = middle, f"{found.shortage.where} memory"
+        found = lacks(middle)
+        low, high, limit = (middle, high, limit) if found is None else (low, middle, found)
     return low, limit

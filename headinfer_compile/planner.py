@@ -350,11 +350,6 @@ def _warnings(facts: ModelFacts, machine: Machine, request: Request) -> list[str
             f"{len(facts.declined)} attentions of this model are not rewritten, so its KV would be "
             f"materialised layer by layer; the plan is for when they are. {facts.declined[0]}"
         )
-    if any(window is not None for window in facts.windows):
-        found.append(
-            "layers with a window keep all tokens, since a host slab holds one token block of all "
-            "layers; only what the window sees is streamed"
-        )
     if machine.gpus > 1:
         found.append("layers on several GPUs are planned only: the runtime supports one GPU")
     if machine.rates.assumed:

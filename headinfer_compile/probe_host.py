@@ -81,7 +81,7 @@ def _hold(cache: HeadInferCache, model: Any, device: torch.device, tokens: int) 
     session.start(rows, rows, 0, 0)
     session.commit()
     for block in session.table.blocks:
-        for k, v in block.pages:
+        for k, v in block.pages.values():
             k.zero_()
             v.zero_()
     cache.length = tokens

@@ -256,6 +256,7 @@ def _skip_chunk(graph: RecordedGraph, cache: HeadInferCache, start: int, new: in
     session = cache.session
     assert session.geometry is not None
     graph.auto.settle(session, session.geometry, start, new)
+    session.forms = graph.forms
     session.begin(start, new)
     moved = {
         spec: len(plan_key(session, spec, session.config).transfers())

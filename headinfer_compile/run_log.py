@@ -108,7 +108,7 @@ class RunLog:
         if session.geometry is None:
             return
         held = session.staging is None, id(session.lane)
-        known = (session.generation, len(session.table.blocks), *held)
+        known = (session.generation, session.table.changes, len(session.table.blocks), *held)
         if known != self._known:
             self._known = known
             for name, tensor in self._buffers():
@@ -128,9 +128,10 @@ class RunLog:
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         session = self._session
-        yield "the tail", session.tail.layers[0][0]
+        yield "the tail", session.tail.all_layers[0]
         for block in session.table.blocks:
-            yield f"the pages of block {block.index}", block.pages[0][0]
+            for k, _ in block.pages.values():
+                yield f"the pages of block {block.index}", k
         if session.staging is not None:
             yield "the staging buffers", session.staging.views(0, 0, 1)[0]
         if session.lane is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headinfer_compile.runtime.retention import given_up_tokens
 from headinfer_compile.runtime.session import Session
 
 
@@ -13,6 +14,7 @@ class CacheStats:
 
     tokens: int
     kv_bytes: int
+    """Of these tokens, without what layers with a window have given up."""
     resident_bytes: int
     tail_bytes: int
     host_bytes: int
@@ -45,6 +47,15 @@ class CacheStats:
     materialised_layers: int
 
 
+def _kv_bytes(session: Session) -> int:
+    geometry = session.geometry
+    if geometry is None:
+        return 0
+    given_up = given_up_tokens(session.table, session.length - session.tail_rows).values()
+    lost = sum(count for count, _ in given_up) * geometry.layer_token_bytes
+    return session.length * geometry.token_bytes - lost
+
+
 def collect_stats(session: Session) -> CacheStats:
     """The figures of a session as they are now; nothing waits for the device."""
     counters = session.counters
@@ -55,7 +66,7 @@ def collect_stats(session: Session) -> CacheStats:
     fixed = {part: session.bytes_of(part) for part in ("slots", "staging", "tail")}
     return CacheStats(
         tokens=session.length,
-        kv_bytes=session.length * geometry.token_bytes if geometry is not None else 0,
+        kv_bytes=_kv_bytes(session),
         resident_bytes=session.table.bytes_on("gpu") if blocks else 0,
         tail_bytes=fixed["tail"],
         host_bytes=session.table.bytes_on("host") if blocks else 0,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 Tier = Literal["gpu", "host"]
@@ -10,7 +12,21 @@ Tier = Literal["gpu", "host"]
 PAGE_BYTES = 32 << 20
 """Transfer unit that reaches 99 % of a PCIe 5 link even behind a slow host path."""
 FIRST_PAGE_TOKENS = 1024
+KEPT_TOKENS = 1024
+"""Tokens before what a window sees that are kept too, so that ``crop`` can go back by them."""
 _LARGEST_RESIDENT_TOKENS = 65536
+_MOST_TOKENS = 1 << 32
+
+
+def first_kept(past: int, window: int) -> int:
+    """The oldest token that a layer with a window keeps once ``past`` tokens are held."""
+    return max(0, past - window + 1 - KEPT_TOKENS)
+
+
+def least_bytes(tokens: int, token_bytes: int, windows: Sequence[int | None]) -> int:
+    """The least bytes that hold ``tokens`` tokens of ``token_bytes`` in layers of these windows."""
+    kept = [tokens if w is None else min(tokens, w + KEPT_TOKENS) for w in windows]
+    return sum(kept) * token_bytes // len(kept)
 
 
 @dataclass
@@ -39,6 +55,12 @@ class BlockPlan:
     """Whether a block is on the host; then all later ones are."""
     stored_bytes: int | None = None
     """KV bytes of one token in all layers where batch rows share; None: none do."""
+    windows: tuple[int, ...] = ()
+    """Of the layers that keep what their window sees: its tokens."""
+    chunk: int = 0
+    """Tokens of a prefill chunk; they are all kept until the next one."""
+    host_runs: list[tuple[int, int, int]] = field(default_factory=list)
+    """Host blocks in order: start of the first, tokens of each, how many of that length."""
 
     @property
     def token_bytes(self) -> int:
@@ -66,11 +88,31 @@ class BlockPlan:
             else:
                 self.on_host = True
                 count = self.tokens_of(self.count)
-                self.host_bytes += count * self.token_bytes
+                self._add_host(self.capacity, count, 1)
             made.append((count, tier))
             self.capacity += count
             self.count += 1
         return made
+
+    def _add_host(self, start: int, tokens: int, count: int) -> None:
+        self.host_bytes += count * tokens * self.token_bytes
+        if self.host_runs:
+            first, size, before = self.host_runs[-1]
+            if size == tokens and first + size * before == start:
+                self.host_runs.pop()
+                start, count = first, count + before
+        self.host_runs.append((start, tokens, count))
+
+    def given_up_bytes(self, tokens: int) -> int:
+        """Bytes of host blocks that layers with a window have given up at ``tokens`` tokens."""
+        given_up = 0
+        for window in self.windows:
+            end = first_kept(max(0, tokens - self.chunk), window)
+            given_up += sum(
+                size * min(count, max(0, end - start) // size)
+                for start, size, count in self.host_runs
+            )
+        return given_up * (self.token_bytes // self.num_layers)
 
     def _resident_tokens(self, needed: int) -> int:
         """Tokens of a resident block, or 0 if the budget has no room for one."""
@@ -86,6 +128,8 @@ class BlockPlan:
 
     def longest(self, host_budget: int) -> int:
         """The most tokens that fit if host blocks may take ``host_budget`` bytes."""
+        if self.windows:
+            return self._longest_kept(host_budget)
         while not self.on_host or self.tokens_of(self.count) < self.tokens_of(64):
             before = self.capacity
             self.grow(before + 1)
@@ -95,17 +139,39 @@ class BlockPlan:
         blocks = (host_budget - self.host_bytes) // (largest * self.token_bytes)
         return self.capacity + max(0, blocks) * largest
 
+    def _longest_kept(self, host_budget: int) -> int:
+        def fits(tokens: int) -> bool:
+            plan = copy.copy(self)
+            plan.host_runs = list(self.host_runs)
+            plan._grow_far(tokens)
+            return plan.host_bytes - plan.given_up_bytes(tokens) <= host_budget
+
+        low, step = self.capacity, 1024
+        while low < _MOST_TOKENS and fits(low + step):
+            low, step = low + step, 2 * step
+        while step > 1:
+            step //= 2
+            if fits(low + step):
+                low += step
+        return low
+
     def place(self, context: int, chunk: int) -> None:
         """Grow as a prefill of ``context`` tokens in chunks of ``chunk`` does."""
         end = 0
         while end < context and not self.on_host:
             end = min(end + chunk, context)
             self.grow(end)
+        self._grow_far(context)
+
+    def _grow_far(self, context: int) -> None:
+        """``grow``, without a step for each host page of the largest length."""
+        while self.capacity < context and not self.on_host:
+            self.grow(self.capacity + 1)
         largest = self.tokens_of(64)
         while self.capacity < context and self.tokens_of(self.count) < largest:
             self.grow(self.capacity + 1)
         if self.capacity < context:
             blocks = -(-(context - self.capacity) // largest)
+            self._add_host(self.capacity, largest, blocks)
             self.capacity += blocks * largest
-            self.host_bytes += blocks * largest * self.token_bytes
             self.count += blocks

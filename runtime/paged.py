@@ -85,11 +85,11 @@ class PagedTables:
             self._visible[:, :tail_rows].copy_(columns != 0)
 
     def _rebuild(self, blocks: Sequence[TokenBlock]) -> None:
-        sources = [block.pages for block in blocks] + [self._tail.layers]
-        addresses = [
-            [[k.data_ptr(), v.data_ptr()] for k, v in (pages[layer] for pages in sources)]
-            for layer in range(self._geometry.num_layers)
-        ]
+        sources = [*(block.pages for block in blocks), self._tail.layers]
+        addresses = [[[0, 0] for _ in sources] for _ in range(self._geometry.num_layers)]
+        for layer in self._geometry.layers:
+            views = [pages[layer] for pages in sources]
+            addresses[layer] = [[k.data_ptr(), v.data_ptr()] for k, v in views]
         capacity = [*(block.tokens for block in blocks), self._tail.tokens]
         device = self._geometry.device
         with torch.inference_mode(False):

@@ -2,20 +2,21 @@
 
 A page is K and V of one layer in one token block, ``[Hkv, 2, R, T, D]`` (``spec.kv_views``). Blocks
 are placed once and never move, grow or are copied again. Of R stored rows each batch row reads one
-(``rows.py``): reordering the batch changes maps, and no page is rewritten for it.
+(``rows.py``): reordering the batch changes maps, and no page is rewritten for it. A host block has
+one slab for all layers of a class, so that layers with a window can give theirs up.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from headinfer_compile.config import format_bytes
-from headinfer_compile.errors import DoesNotFitError
+from headinfer_compile.errors import CacheError, DoesNotFitError
 from headinfer_compile.runtime.block_plan import BlockPlan, Tier
 from headinfer_compile.runtime.rows import Rows, canonical, first_readers
 from headinfer_compile.runtime.slab import HostSlab, SlabAllocator
@@ -26,6 +27,17 @@ log = logging.getLogger(__name__)
 Views = tuple[torch.Tensor, torch.Tensor]
 
 
+class Pages(dict[int, Views]):
+    """The pages of one block by layer."""
+
+    def __missing__(self, layer: int) -> Views:
+        raise CacheError(
+            f"layer {layer} keeps the newest tokens alone, since a window hid all others, and this "
+            "call reads older ones: its mask has another window, or the model runs uncompiled. "
+            "reset() the cache, or use a new one. What is stored is intact"
+        )
+
+
 @dataclass
 class TokenBlock:
     """Tokens ``[start, start + tokens)`` of every layer."""
@@ -34,9 +46,11 @@ class TokenBlock:
     start: int
     tokens: int
     tier: Tier
-    pages: list[Views]
-    nbytes: int
-    slab: HostSlab | None
+    pages: Pages
+    device_bytes: int
+    """Bytes of its buffer where it is resident."""
+    slabs: dict[int | None, HostSlab]
+    """Its host memory, by the window of the layers in it."""
     num_rows: int
     """Batch rows that a page has room for, R."""
     rows: Rows
@@ -45,6 +59,15 @@ class TokenBlock:
     """Bumped when rows that may have been read are given up for rewriting."""
     whole: bool = True
     """Its pages are those of no other block."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its memory; a block that was cut counts as its first part."""
+        return self.device_bytes + sum(slab.nbytes for slab in self.slabs.values())
+
+    def lacks(self, window: int | None) -> bool:
+        """Whether the layers of this window have given up their pages, or have none yet."""
+        return self.tier == "host" and self.whole and window not in self.slabs
 
     @property
     def groups(self) -> Rows:
@@ -80,10 +103,20 @@ class BlockTable:
     host_budget: int
     room: Callable[[], int]
     """Bytes that the device has for further resident blocks now: others may allocate too."""
+    windows: dict[int, int] = field(default_factory=dict)
+    """Of the layers that may come to keep only what a window sees: its tokens."""
+    chunk: int = 0
+    """Tokens of a prefill chunk."""
     blocks: list[TokenBlock] = field(default_factory=list)
+    changes: int = 0
+    """How often memory was taken or given up."""
 
     def __post_init__(self) -> None:
         self._slabs = SlabAllocator(self.geometry.device)
+        self.classes: dict[int | None, list[int]] = {}
+        """The layers with a slab of their own in each host block, by their window."""
+        for layer in self.geometry.layers:
+            self.classes.setdefault(self.windows.get(layer), []).append(layer)
         self.largest_page_tokens = self._block_plan().tokens_of(64)
         """Tokens of the largest page this table will ever make."""
 
@@ -94,17 +127,21 @@ class BlockTable:
         budget = self.gpu_budget
         if held < budget and not on_host:
             budget = min(budget, held + max(0, self.room()))
+        complete = [b for b in self.blocks if b.whole and len(b.slabs) == len(self.classes)]
         return BlockPlan(
             self.geometry.layer_token_bytes,
-            self.geometry.num_layers,
+            len(self.geometry.layers),
             self.page_tokens,
             budget,
             capacity=self.capacity,
             gpu_bytes=held,
-            host_bytes=self.bytes_on("host"),
+            host_bytes=self.bytes_on("host") - self._slabs.free_bytes,
             count=len(self.blocks),
             on_host=on_host,
             stored_bytes=self._stored(num_rows).token_bytes,
+            windows=tuple(self.windows.values()),
+            chunk=self.chunk,
+            host_runs=[(block.start, block.tokens, 1) for block in complete],
         )
 
     @property
@@ -114,33 +151,38 @@ class BlockTable:
 
     def bytes_on(self, tier: str) -> int:
         """Bytes of the blocks on ``"gpu"`` or ``"host"``."""
-        return sum(block.nbytes for block in self.blocks if block.tier == tier)
+        held = sum(block.nbytes for block in self.blocks if block.tier == tier)
+        return held + (self._slabs.free_bytes if tier == "host" else 0)
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes of the largest host slab so far, the granularity of host memory."""
-        return max((block.nbytes for block in self.blocks if block.slab), default=0)
+        """Bytes of the largest host block so far, the granularity of host memory."""
+        return max((block.nbytes for block in self.blocks if block.slabs), default=0)
 
-    def plan(self, tokens: int, num_rows: int | None = None) -> list[tuple[int, Tier]]:
+    def plan(
+        self, tokens: int, num_rows: int | None = None, *, now: bool = False
+    ) -> list[tuple[int, Tier]]:
         """Tokens and tier of the blocks still to be made to hold ``tokens`` tokens.
 
         Args:
             tokens: Tokens in all.
             num_rows: Rows to store of each new token; None: one for each batch row.
+            now: In one step, so that nothing more is given up before.
 
         Raises:
             DoesNotFitError: The host budget does not hold them. Nothing has been made.
         """
         plan = self._block_plan(num_rows)
         made = plan.grow(tokens)
-        if plan.host_bytes > self.host_budget:
+        host_bytes = plan.host_bytes - (0 if now else plan.given_up_bytes(tokens))
+        if host_bytes > self.host_budget:
             longest = self._block_plan(num_rows).longest(self.host_budget)
-            everything = plan.gpu_bytes + plan.host_bytes
+            everything = plan.gpu_bytes + host_bytes
             raise DoesNotFitError(
-                f"{tokens} tokens need {format_bytes(plan.host_bytes)} of host memory for KV pages "
+                f"{tokens} tokens need {format_bytes(host_bytes)} of host memory for KV pages "
                 f"beside {format_bytes(plan.gpu_bytes)} on the GPU, and host_budget is "
                 f"{format_bytes(self.host_budget)}. What would work: a context of at most "
-                f"{longest} tokens; host_budget={plan.host_bytes}; "
+                f"{longest} tokens; host_budget={host_bytes}; "
                 f"gpu_budget={everything - self.host_budget}, where the GPU has room for it. "
                 "What is stored is intact"
             )
@@ -149,19 +191,43 @@ class BlockTable:
     def _stored(self, num_rows: int | None) -> Geometry:
         return self.geometry if num_rows is None else self.geometry.with_batch(num_rows)
 
-    def ensure(self, tokens: int, groups: Rows | None = None) -> None:
-        """Make blocks until there are pages for ``tokens`` tokens.
+    def ensure(self, tokens: int, groups: Rows | None = None, stored: int = 0) -> None:
+        """Make blocks until there are pages for ``tokens`` tokens, of which ``stored`` are written.
 
         Args:
             tokens: Tokens in all.
             groups: Canonical map of the rows of new blocks; None: one row for each batch row.
+            stored: Tokens whose pages stay as they are.
 
         Raises:
             DoesNotFitError: Budget or machine do not hold them; what was stored is intact.
         """
         groups = tuple(range(self.geometry.batch)) if groups is None else groups
-        for count, tier in self.plan(tokens, len(set(groups))):
+        for block in self.blocks if self.windows else ():
+            if block.start < tokens and block.start + block.tokens > stored:
+                self._restore(block)
+        for count, tier in self.plan(tokens, len(set(groups)), now=True):
             self._append(count, tier, groups)
+
+    def give_up(self, block: TokenBlock, window: int | None) -> None:
+        """Drop the pages of a class of layers in a host block; no copy of them is under way."""
+        unit = self._unit_bytes(block)
+        block.pages = Pages(
+            (layer, page)
+            for layer, page in block.pages.items()
+            if layer not in self.classes[window]
+        )
+        self.changes += 1
+        self._slabs.give_back(block.slabs.pop(window), unit)
+
+    def _restore(self, block: TokenBlock) -> None:
+        """Have the pages that a host block lacks; nothing was written to them."""
+        for window, layers in self.classes.items():
+            if block.lacks(window):
+                slab = self._take(block, layers)
+                block.pages = Pages({**block.pages, **self._views(block, slab.tensor, layers)})
+                block.slabs[window] = slab
+                self.changes += 1
 
     def first_narrow(self, start: int, groups: Rows) -> int | None:
         """Index of the first block that has too few rows for tokens from ``start`` on, if any."""
@@ -178,10 +244,7 @@ class BlockTable:
             self.blocks[index] = replace(block, tokens=start - block.start, whole=False)
             index += 1
         while len(self.blocks) > index:
-            block = self.blocks.pop()
-            block.pages.clear()
-            if block.slab is not None:
-                block.slab.close()
+            _close(self.blocks.pop())
 
     def open_rows(self, start: int, groups: Rows) -> None:
         """Let tokens from ``start`` on be stored under ``groups``; what is before stays as it is.
@@ -202,18 +265,21 @@ class BlockTable:
     def _cut(self, index: int, used: int, groups: Rows) -> None:
         block = self.blocks[index]
         with torch.inference_mode(False):
-            pages = [(k[:, :, used:], v[:, :, used:]) for k, v in block.pages]
+            pages = Pages(
+                (layer, (k[:, :, used:], v[:, :, used:])) for layer, (k, v) in block.pages.items()
+            )
         rest = replace(
             block, index=self._new_index(), start=block.start + used, tokens=block.tokens - used,
-            pages=pages, nbytes=0, slab=None, rows=groups, version=0, whole=False,
+            pages=pages, device_bytes=0, slabs={}, rows=groups, version=0, whole=False,
         )  # fmt: skip
-        # The slab and its bytes stay with the first part, which is given back last.
+        # The slabs and their bytes stay with the first part, which is given back last.
         self.blocks[index : index + 1] = [replace(block, tokens=used, whole=False), rest]
 
-    def prepare(self, tokens: int, num_rows: int | None = None) -> bool:
+    def prepare(self, tokens: int, num_rows: int | None = None, soon: int = 0) -> bool:
         """Start making, in the background, the host slabs still missing for ``tokens`` tokens.
 
-        Slabs prepared for more than that are given back; ``num_rows`` as ``plan``.
+        Slabs prepared for more than that are given back; ``num_rows`` as ``plan``. Those of layers
+        with a window are made for ``soon`` tokens only: later ones are given up by then.
 
         Returns:
             Whether they fit; the caller has not asked for them yet, and ``ensure`` raises if it
@@ -223,8 +289,14 @@ class BlockTable:
             made = self.plan(tokens, num_rows)
         except DoesNotFitError:
             return False
-        stored = self._stored(num_rows)
-        self._slabs.prepare([_slab_size(stored, count) for count, tier in made if tier == "host"])
+        layer_bytes = self._stored(num_rows).layer_token_bytes
+        sizes, start = [], self.capacity
+        for count, tier in made:
+            for window, layers in self.classes.items():
+                if tier == "host" and (window is None or start < soon):
+                    sizes.append((len(layers) * count * layer_bytes, count * layer_bytes))
+            start += count
+        self._slabs.prepare(sizes)
         return True
 
     @property
@@ -233,14 +305,13 @@ class BlockTable:
         return self._block_plan().longest(self.host_budget)
 
     def _append(self, tokens: int, tier: Tier, groups: Rows) -> None:
-        geometry = self.geometry.with_batch(len(set(groups)))
-        nbytes, page_bytes = _slab_size(geometry, tokens)
-        slab = None
+        num_rows = len(set(groups))
+        nbytes = tokens * self.geometry.with_batch(num_rows).token_bytes
         buffer: torch.Tensor | None = None
         if tier == "gpu":
             try:
                 with torch.inference_mode(False):
-                    buffer = torch.empty(nbytes, dtype=torch.uint8, device=geometry.device)
+                    buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.geometry.device)
             except torch.OutOfMemoryError:
                 log.warning(
                     "the GPU has no room for another resident block of %s: the rest of the KV goes "
@@ -248,40 +319,58 @@ class BlockTable:
                     format_bytes(nbytes),
                 )
                 self.gpu_budget, tier = self.bytes_on("gpu"), "host"
+        block = TokenBlock(
+            index=self._new_index(),
+            start=self.capacity,
+            tokens=tokens,
+            tier=tier,
+            pages=Pages(),
+            device_bytes=0 if buffer is None else nbytes,
+            slabs={},
+            num_rows=num_rows,
+            rows=groups,
+        )
         if buffer is None:
-            slab = self._slabs.take(nbytes, page_bytes)
-            buffer = slab.tensor
-        elements = page_bytes // geometry.dtype.itemsize
+            try:
+                self._restore(block)
+            except BaseException:
+                # What is missing has been said; the slabs that there were are of no block.
+                _close(block)
+                raise
+        else:
+            block.pages.update(self._views(block, buffer, self.geometry.layers))
+        self.changes += 1
+        self.blocks.append(block)
+
+    def _unit_bytes(self, block: TokenBlock) -> int:
+        """Bytes of a page of a block."""
+        return block.tokens * self.geometry.with_batch(block.num_rows).layer_token_bytes
+
+    def _take(self, block: TokenBlock, layers: Sequence[int]) -> HostSlab:
+        unit = self._unit_bytes(block)
+        return self._slabs.take(len(layers) * unit, unit)
+
+    def _views(self, block: TokenBlock, buffer: torch.Tensor, layers: Sequence[int]) -> Pages:
+        """The pages of some layers in a buffer."""
+        geometry = self.geometry.with_batch(block.num_rows)
+        elements = self._unit_bytes(block) // geometry.dtype.itemsize
         # A view in another dtype made under inference_mode could not be written outside of it.
         with torch.inference_mode(False):
             typed = buffer.view(geometry.dtype)
-            pages = [
-                kv_views(typed[at : at + elements], geometry, geometry.num_kv_heads, tokens)
-                for at in range(0, elements * geometry.num_layers, elements)
-            ]
-        self.blocks.append(
-            TokenBlock(
-                index=self._new_index(),
-                start=self.capacity,
-                tokens=tokens,
-                tier=tier,
-                pages=pages,
-                nbytes=nbytes,
-                slab=slab,
-                num_rows=geometry.batch,
-                rows=groups,
+            return Pages(
+                (layer, kv_views(part, geometry, geometry.num_kv_heads, block.tokens))
+                for layer, part in zip(layers, typed.split(elements), strict=True)
             )
-        )
 
     def close(self) -> None:
         """Give every block back."""
         for block in self.blocks:
-            block.pages.clear()
-            if block.slab is not None:
-                block.slab.close()
+            _close(block)
         self.blocks.clear()
         self._slabs.close()
 
 
-def _slab_size(geometry: Geometry, tokens: int) -> tuple[int, int]:
-    return tokens * geometry.token_bytes, tokens * geometry.layer_token_bytes
+def _close(block: TokenBlock) -> None:
+    block.pages.clear()
+    for slab in block.slabs.values():
+        slab.close()

@@ -8,8 +8,7 @@ was left half done is marked so and finished by the next call.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +20,9 @@ from headinfer_compile.runtime.attention import AttentionRequest, Kernel
 from headinfer_compile.runtime.batch import Sharing, open_rows, rows_to_store
 from headinfer_compile.runtime.caller import Caller
 from headinfer_compile.runtime.counters import Counters
+from headinfer_compile.runtime.masks import MaskForm
 from headinfer_compile.runtime.paged import PagedTables, is_supported
+from headinfer_compile.runtime.retention import give_up_pages
 from headinfer_compile.runtime.rows import Rows
 from headinfer_compile.runtime.sizes import query_bytes, query_chunk
 from headinfer_compile.runtime.slots import NEVER_USED
@@ -36,8 +37,6 @@ from headinfer_compile.runtime.step import (
     pieces_of,
 )
 from headinfer_compile.runtime.store import SessionOptions, Store
-
-log = logging.getLogger(__name__)
 
 
 class Session(Store):
@@ -57,6 +56,8 @@ class Session(Store):
         self.step: Step | None = None
         self.counters = Counters()
         self.specs: list[SiteSpec] = []
+        self.forms: Mapping[int, Sequence[MaskForm]] = {}
+        """By layer: the masks of its sites in the running call, if all that read it are sites."""
         self.kernels: dict[AttentionRequest, Kernel] = {}
         self.ring: tuple[int, ...] = (NEVER_USED,) * self.config.slots
         self.base = 0
@@ -67,8 +68,6 @@ class Session(Store):
         self.plans: dict[Any, Any] = {}
         """The schedules of the compiled call that is running, by class of sites."""
         self.sharing = Sharing()
-        self.max_positions: int | None = None
-        """Tokens that the model was made for; one warning is given beyond."""
         self._unsettled = False
         """A step or a drain was begun and has not come to its end: the next call aborts first."""
         self._caller = Caller()
@@ -121,6 +120,7 @@ class Session(Store):
 
     def leave_call(self) -> None:
         """End the call that this thread is in, after ``commit`` or ``cancel_call``."""
+        self.forms = {}
         self._caller.leave()
 
     def claim(self, parameters: frozenset[int]) -> None:
@@ -194,7 +194,7 @@ class Session(Store):
             self._return_to(*(held if held[0] == past else (past, 0)))
         if self.lane is not None:
             self.lane.begin_step(past)
-        self._warn_beyond_positions(past, new)
+        self.warn_beyond_positions(past, new)
         self.streams.begin_step()
         stored, tail_rows, room = past - self.tail_rows, self.tail_rows, self.tail.tokens
         appends = tail_rows + new <= room
@@ -205,8 +205,9 @@ class Session(Store):
         self.check_announced(None if groups is None else len(set(groups)))
         if step.stored_after > stored:
             step.groups = tuple(range(self.geometry.batch)) if groups is None else groups
+            give_up_pages(self, past)
             open_rows(self, stored, step.groups)
-            self.table.ensure(step.stored_after, step.groups)
+            self.table.ensure(step.stored_after, step.groups, stored)
             limit = self.staging_tokens(self.geometry)
             step.pieces = pieces_of(step, self.table.blocks, limit)
         if not appends:
@@ -228,7 +229,8 @@ class Session(Store):
         if step.phase == "prefill":
             self.prepare_chunk(self.length, step.new, len(set(step.groups)) or None)
         elif step.flushes or step.tail_rows == 0:
-            self.table.prepare(max(self.length + self.tail.tokens, self.reserved))
+            soon = self.length + self.tail.tokens
+            self.table.prepare(max(soon, self.reserved), soon=soon)
 
     def abort(self) -> None:
         """Forget the step; the cache is as it was before it."""
@@ -239,15 +241,6 @@ class Session(Store):
         if self.geometry is not None:
             self.drain()
         self._unsettled = False
-
-    def _warn_beyond_positions(self, past: int, new: int) -> None:
-        limit = self.max_positions
-        if limit is not None and past <= limit < past + new:
-            log.warning(
-                "the cache will hold %d tokens and the model was made for %d "
-                "(max_position_embeddings): depending on the model, expect errors or nonsense",
-                past + new, limit,
-            )  # fmt: skip
 
     def drain(self) -> None:
         """Order all later work after every transfer and reader; no slot is in use afterwards."""
@@ -368,7 +361,7 @@ class Session(Store):
     # -- life cycle -------------------------------------------------------------------------
 
     def crop(self, count: int) -> None:
-        """Drop the newest ``count`` tokens."""
+        """Drop the newest ``count`` tokens, which ``check_crop`` allows."""
         self.sharing.settle(self)
         if self.geometry is not None and count != 0:
             stored, length = self.length - self.tail_rows, self.length - count

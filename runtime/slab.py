@@ -130,12 +130,30 @@ class SlabAllocator:
         name = "headinfer-slab"
         self._pool = ThreadPoolExecutor(1, name) if device.type == "cuda" else None
         self._ahead: dict[tuple[int, int], list[Future[HostSlab]]] = {}
+        self._free: list[tuple[tuple[int, int], HostSlab]] = []
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of slabs that hold nothing and wait for ``take``."""
+        return sum(slab.nbytes for _, slab in self._free)
+
+    def give_back(self, slab: HostSlab, unit_bytes: int) -> None:
+        """Keep a slab, which no copy uses, for another ``take`` of its size."""
+        self._free.append(((slab.nbytes, unit_bytes), slab))
 
     def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Have ``(nbytes, unit_bytes)`` slabs made for ``take``, and give back any others."""
+        wanted = Counter(sizes)
+        for entry in list(self._free):
+            size, slab = entry
+            if wanted[size] > 0:
+                wanted[size] -= 1
+            else:
+                self._free.remove(entry)
+                slab.close()
+        sizes = list(wanted.elements())
         if self._pool is None:
             return
-        wanted = Counter(sizes)
         for size, futures in list(self._ahead.items()):
             while len(futures) > wanted[size]:
                 self._discard(futures.pop())
@@ -151,11 +169,15 @@ class SlabAllocator:
             future.add_done_callback(_close_made)
 
     def take(self, nbytes: int, unit_bytes: int) -> HostSlab:
-        """Return a slab, waiting for one in preparation if there is.
+        """Return a slab: one that was given back, or is in preparation, or a new one.
 
         Raises:
             DoesNotFitError: As ``HostSlab``.
         """
+        for entry in self._free:
+            if entry[0] == (nbytes, unit_bytes):
+                self._free.remove(entry)
+                return entry[1]
         waiting = self._ahead.get((nbytes, unit_bytes))
         if waiting:
             future = waiting.pop(0)
@@ -170,6 +192,9 @@ class SlabAllocator:
             for future in futures:
                 self._discard(future)
         self._ahead.clear()
+        for _, slab in self._free:
+            slab.close()
+        self._free.clear()
         if self._pool is not None:
             self._pool.shutdown()
 

@@ -24,6 +24,13 @@ class Geometry:
     v_head_dim: int
     dtype: torch.dtype
     device: torch.device
+    kv_layers: tuple[int, ...] = ()
+    """The layers that keep K and V; empty: all."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that keep K and V."""
+        return self.kv_layers or tuple(range(self.num_layers))
 
     @property
     def row_elements(self) -> int:
@@ -43,7 +50,7 @@ class Geometry:
     @property
     def token_bytes(self) -> int:
         """Bytes of all layers for one token."""
-        return self.num_layers * self.layer_token_bytes
+        return len(self.layers) * self.layer_token_bytes
 
     def with_batch(self, rows: int) -> Geometry:
         """The same with ``rows`` batch rows."""

@@ -52,20 +52,21 @@ class Tail:
         elements = tokens * geometry.layer_token_bytes // geometry.dtype.itemsize
         with torch.inference_mode(False):
             buffer = torch.empty(
-                (geometry.num_layers, elements), dtype=geometry.dtype, device=geometry.device
+                (len(geometry.layers), elements), dtype=geometry.dtype, device=geometry.device
             )
         self.nbytes = buffer.nbytes
-        self.layers: list[Views] = [
-            kv_views(row, geometry, geometry.num_kv_heads, tokens) for row in buffer.unbind()
-        ]
+        self.layers: dict[int, Views] = {
+            layer: kv_views(row, geometry, geometry.num_kv_heads, tokens)
+            for layer, row in zip(geometry.layers, buffer.unbind(), strict=True)
+        }
         k, v = (
             buffer.as_strided(
                 (len(buffer), *x.shape), (buffer.stride(0), *x.stride()), x.storage_offset()
             )
-            for x in self.layers[0]
+            for x in self.layers[geometry.layers[0]]
         )
         self.all_layers: Views = (k, v)
-        """K ``[L, Hkv, B, W, D]`` and V of every layer."""
+        """K ``[L, Hkv, B, W, D]`` and V of every layer that keeps them."""
         self.packed: Event = streams.new_event("tail.packed")
         self.copied: list[Event] = [
             streams.new_event("tail.copied") for _ in range(geometry.num_layers)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 from headinfer_compile.config import HeadInferConfig, format_bytes
 from headinfer_compile.errors import CacheError, ClosedError, DoesNotFitError
 from headinfer_compile.runtime import sizes
+from headinfer_compile.runtime.block_plan import least_bytes
 from headinfer_compile.runtime.budget import default_gpu_budget, default_host_budget, refusing
 from headinfer_compile.runtime.host_build import library
 from headinfer_compile.runtime.host_lane import HostLane
@@ -36,6 +38,9 @@ class SessionOptions:
     host_budget: int | None = None
     page_tokens: int | None = None
     tail_tokens: int | None = None
+    windows: tuple[tuple[int, int | None], ...] = ()
+    """The layers that keep KV, each with the tokens of its window or None; empty: all layers,
+    without windows."""
     device: torch.device | None = None
     """The only device that K and V may come from; None: any."""
 
@@ -53,6 +58,8 @@ class Store:
         """Why ``config`` has its numbers, by the name of the option and the phase."""
         self.closed = False
         self.capability: tuple[int, int] | None = None
+        self.max_positions: int | None = None
+        """Tokens that the model was made for; one warning is given beyond."""
         self.regular_chunk = 0
         """Tokens of the first call: the chunk that most calls of a prefill have."""
         self.reserved = 0
@@ -116,8 +123,9 @@ class Store:
                 "Nothing was stored"
             )
         return Geometry(
-            self.num_layers, k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device
-        )
+            self.num_layers, k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device,
+            tuple(layer for layer, _ in self.options.windows),
+        )  # fmt: skip
 
     def _explain_mismatch(self, found: Geometry) -> None:
         held = self.geometry
@@ -142,7 +150,11 @@ class Store:
         options = self.options
         self.streams = self.make_streams(geometry.device)
         tail_tokens = sizes.tail_tokens(geometry, options.tail_tokens)
-        table = BlockTable(geometry, options.page_tokens, 0, 0, self._resident_room)
+        table = BlockTable(
+            geometry, options.page_tokens, 0, 0, self._resident_room,
+            {layer: window for layer, window in options.windows if window is not None},
+            self.regular_chunk,
+        )  # fmt: skip
         fixed = (
             self.config.slots * sizes.slot_bytes(self.config, geometry, table.largest_page_tokens)
             + tail_tokens * geometry.token_bytes
@@ -259,20 +271,34 @@ class Store:
             return
         host = self.options.host_budget
         host = default_host_budget() if host is None else host
-        needed = tokens * token_bytes
+        windows = [window for _, window in self.options.windows] or [None]
+        needed = least_bytes(tokens, token_bytes, windows)
         gpu = self.options.gpu_budget
         if gpu is None:
             # Not known before the first forward; whatever is free now is the most it can be.
             gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
         if needed > host + gpu:
+            longest = bisect.bisect_right(
+                range(tokens), host + gpu, key=lambda t: least_bytes(t, token_bytes, windows)
+            )
             raise DoesNotFitError(
                 f"{tokens} tokens of KV take {format_bytes(needed)}; there is room for "
                 f"{format_bytes(host)} on the host and {format_bytes(gpu)} on the GPU. What would "
-                f"work: a context of at most {(host + gpu) // token_bytes} tokens; "
+                f"work: a context of at most {max(0, longest - 1)} tokens; "
                 f"host_budget={needed - gpu}; gpu_budget={needed - host}, where the machine has "
                 "them"
             )
         self.reserved = tokens
+
+    def warn_beyond_positions(self, past: int, new: int) -> None:
+        """Warn once where tokens pass what the model was made for."""
+        limit = self.max_positions
+        if limit is not None and past <= limit < past + new:
+            log.warning(
+                "the cache will hold %d tokens and the model was made for %d "
+                "(max_position_embeddings): depending on the model, expect errors or nonsense",
+                past + new, limit,
+            )  # fmt: skip
 
     def check_announced(self, num_rows: int | None) -> None:
         """Refuse a prompt whose end does not fit, before anything is computed for it.
@@ -293,13 +319,27 @@ class Store:
         A chunk that would be refused is not known to come, so that it is only warned of.
         """
         if self.reserved > length:
-            self.table.prepare(self.reserved, num_rows)
-        elif not self.table.prepare(length + tokens, num_rows):
+            self.table.prepare(self.reserved, num_rows, soon=length + tokens)
+        elif not self.table.prepare(length + tokens, num_rows, soon=length + tokens):
             log.warning(
                 "there is room for %d tokens and the cache holds %d: another chunk of %d does not "
                 "fit and would be refused",
                 self.table.longest, length, tokens,
             )  # fmt: skip
+
+    def check_layers(self, layers: Iterable[int]) -> None:
+        """Refuse layers that the cache keeps no KV for.
+
+        Raises:
+            CacheError: The model has KV in layers where the cache's config has none.
+        """
+        held = {layer for layer, _ in self.options.windows} or set(range(self.num_layers))
+        unknown = sorted(set(layers) - held)
+        if unknown:
+            raise CacheError(
+                f"layer {unknown[0]} updates a cache whose config has no KV there: it was made for "
+                "another model's config; use HeadInferCache(model.config)"
+            )
 
     def check_materialised(self, tokens: int) -> None:
         """Refuse to put all K and V of one layer on the GPU where the budget forbids it.

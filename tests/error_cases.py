@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import pickle
 import re
@@ -19,11 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, MambaConfig, T5Config
 
-from error_harness import PAGE, ErrorCase, Outcome, World, page, run_case
+from error_harness import (
+    PAGE,
+    ErrorCase,
+    Outcome,
+    World,
+    cut,
+    page,
+    pickled,
+    run_case,
+    with_code,
+)  # fmt: skip
 from harness import clean_dynamo, generate, random_ids
 from headinfer_compile import HeadInferCache, HeadInferConfig, headinfer, load_schedule
 from headinfer_compile.cli import main
@@ -73,28 +81,6 @@ def load(says: str, given: str, change: Callable[[Path, Path], None], code: int 
         return main(["generate", folder, "--prompt", "a", "--lowering", "eager"])
 
     return ErrorCase("Model files", given, run, code, says)
-
-
-def _pickled(source: Path, target: Path) -> None:
-    if source.suffix == ".safetensors":
-        torch.save(load_file(source), target.with_name("pytorch_model.bin"))
-    else:
-        target.write_bytes(source.read_bytes())
-
-
-def _cut(source: Path, target: Path) -> None:
-    data = source.read_bytes()
-    target.write_bytes(data[:1000] if source.suffix == ".safetensors" else data)
-
-
-def _with_code(source: Path, target: Path) -> None:
-    target.write_bytes(source.read_bytes())
-    if source.name == "config.json":
-        config = json.loads(source.read_text(encoding="utf-8"))
-        config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}}
-        target.write_text(json.dumps(config), encoding="utf-8")
-        code = f"open({str(target.with_name('was_run'))!r}, 'w')\n"
-        target.with_name("mine.py").write_text(code, encoding="utf-8")
 
 
 def _call(world: World, ids: Any, cache: HeadInferCache | None = None) -> object:
@@ -276,6 +262,12 @@ CASES: list[ErrorCase] = [
     ErrorCase("Using a cache", "`cache.update(k, v, 2)` on two layers",
               lambda w: w.model.cache().update(torch.zeros(_ONE), torch.zeros(_ONE), 2),
               CacheError, "layer 2 updates a cache whose last layer is 1"),
+    ErrorCase("Using a cache", "`cache.crop(-1400)` on 1,600 tokens under a window of 20",
+              lambda w: w.past_window().crop(-1400), CacheError, "can go back to"),
+    ErrorCase("Using a cache", "a mask without the window, after that",
+              lambda w: w.windowed.forward(random_ids(0, 1), w.past_window(), 1,
+                                           attention_mask=torch.ones(1, 1, 1, 1601).bool()),
+              CacheError, "keeps the newest tokens alone"),
     ErrorCase("Using a cache", "bfloat16 K and V after float32",
               _update_in_bfloat16,
               CacheError, "the dtype of K and V changed"),
@@ -343,9 +335,9 @@ CASES: list[ErrorCase] = [
                                                "headinfer.wait(handle, r1)")),
               ScheduleError, "the schedule is not proved and was not run"),
     # -- model files --------------------------------------------------------------------------
-    load("safetensors", "weights in a pickle only", _pickled),
-    load("", "weights cut short", _cut),
-    load("trust_remote_code", "a config that brings its own code", _with_code),
+    load("safetensors", "weights in a pickle only", pickled),
+    load("", "weights cut short", cut),
+    load("trust_remote_code", "a config that brings its own code", with_code),
     command("no such folder", "generate", "DIR/nothing", "--prompt", "a", group="Model files"),
     command("there is no such file", "generate", "DIR/nothing.gguf", "--prompt", "a",
             group="Model files"),

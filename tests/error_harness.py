@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from harness import CompiledModel, random_ids, tiny_llama
+from harness import CompiledModel, random_ids, tiny_llama, tiny_mistral
 from headinfer_compile import HeadInferCache, explain, headinfer
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
@@ -37,10 +39,21 @@ class World:
         """A compiled model of three layers."""
         return CompiledModel(tiny_llama(0, layers=3))
 
+    @cached_property
+    def windowed(self) -> CompiledModel:
+        """A compiled model whose layers have a window of 20 tokens."""
+        return CompiledModel(tiny_mistral(0, 20))
+
     def used(self) -> HeadInferCache:
         """A cache that holds 12 tokens of the model."""
         cache = self.model.cache()
         self.model.forward(random_ids(0, 12), cache, 12)
+        return cache
+
+    def past_window(self) -> HeadInferCache:
+        """A cache of 1,600 tokens whose layers have given up what their window has passed."""
+        cache = self.windowed.cache(page_tokens=64)
+        self.windowed.forward(random_ids(0, 1600), cache, 200)
         return cache
 
     def compiled(self, **how: Any) -> Any:
@@ -147,9 +160,34 @@ class _Warnings(logging.Handler):
             logger.removeHandler(self)
 
 
+def pickled(source: Path, target: Path) -> None:
+    """Write weights as a pickle."""
+    if source.suffix == ".safetensors":
+        torch.save(load_file(source), target.with_name("pytorch_model.bin"))
+    else:
+        target.write_bytes(source.read_bytes())
+
+
+def cut(source: Path, target: Path) -> None:
+    """Cut weights short."""
+    data = source.read_bytes()
+    target.write_bytes(data[:1000] if source.suffix == ".safetensors" else data)
+
+
+def with_code(source: Path, target: Path) -> None:
+    """Let the config bring code of its own."""
+    target.write_bytes(source.read_bytes())
+    if source.name == "config.json":
+        config = json.loads(source.read_text(encoding="utf-8"))
+        config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}}
+        target.write_text(json.dumps(config), encoding="utf-8")
+        code = f"open({str(target.with_name('was_run'))!r}, 'w')\n"
+        target.with_name("mine.py").write_text(code, encoding="utf-8")
+
+
 def tidy(message: str, world: World) -> str:
     """A message without what differs between machines and runs."""
-    for path, name in ((world.folder, "DIR"), (world.checkpoint, "MODEL"), (PAGE.parents[1], "")):
+    for path, name in ((world.checkpoint, "MODEL"), (world.folder, "DIR"), (PAGE.parents[1], "")):
         message = message.replace(f"{path}/", f"{name}/" if name else "").replace(str(path), name)
     message = re.sub(r"/[\w./-]*/(?=(transformers|torch|tests)/)", "", message)
     message = re.sub(r"\bprocess \d+|\bfork \d+", lambda m: m[0].split()[0] + " PID", message)

@@ -152,7 +152,7 @@ def books_of(cache: HeadInferCache) -> Books:
         blocks=len(blocks),
         host_bytes=stats.host_bytes,
         fixed_bytes=stats.fixed_bytes,
-        registrations=sum(block.slab.registrations for block in blocks if block.slab),
+        registrations=sum(slab.registrations for block in blocks for slab in block.slabs.values()),
         slots_in_use=in_use,
         threads=threading.active_count(),
     )
@@ -170,12 +170,22 @@ def contents(cache: HeadInferCache) -> list[Tensor]:
     stored = session.length - session.tail_rows
     for block in session.table.blocks:
         rows = max(0, min(block.tokens, stored - block.start))
-        held += [kv[:, :, :rows] for page in block.pages for kv in page]
-    held += [kv[:, :, : session.tail_rows] for page in session.tail.layers for kv in page]
+        held += [kv[:, :, :rows] for page in block.pages.values() for kv in page]
+    held += [kv[:, :, : session.tail_rows] for page in session.tail.layers.values() for kv in page]
     if session.slots is not None:
         busy = [slot.views for slot in session.slots.slots if not slot.released]
         held += [kv for views in busy if views is not None for kv in views]
     return [kv.clone() for kv in held]
+
+
+def failures() -> list[BaseException]:
+    """What an op or an allocation may raise."""
+    return [
+        RuntimeError("the op failed"),
+        KeyboardInterrupt(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ]
 
 
 def live_objects() -> Counter[str]:

@@ -19,8 +19,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fault_injection import Books, Lines, Ops, books_of, contents, live_objects
-from harness import MAX_LOGIT_DIFFERENCE, CompiledModel, clean_dynamo, random_ids, tiny_llama
+from fault_injection import Books, Lines, Ops, books_of, contents, failures, live_objects
+from harness import (
+    MAX_LOGIT_DIFFERENCE,
+    CompiledModel,
+    clean_dynamo,
+    one_thread,
+    random_ids,
+    tiny_llama,
+)
 from headinfer_compile import HeadInferCache
 from headinfer_compile.errors import CacheError, ClosedError, DoesNotFitError
 from headinfer_compile.runtime.attention import select
@@ -31,12 +38,8 @@ PAGE, TAIL = 16, 3
 @pytest.fixture(scope="module")
 def model() -> Iterator[CompiledModel]:
     """One compiled model for all tests of this file."""
-    threads = torch.get_num_threads()
-    # Threads only wait for each other on tensors this small.
-    torch.set_num_threads(1)
-    with clean_dynamo():
+    with one_thread(), clean_dynamo():
         yield CompiledModel(tiny_llama(0, heads=4, kv_heads=2))
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,6 @@ def check_goes_on(
     assert cache.get_seq_length() == wanted.before.tokens, where
     for found, state in zip(states(model, case, cache, after), wanted.states, strict=False):
         found.check(state, where)
-
-
-def failures() -> list[BaseException]:
-    return [
-        RuntimeError("the op failed"),
-        KeyboardInterrupt(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        MemoryError(),
-    ]
 
 
 def fail_at(

@@ -57,6 +57,18 @@ def test_layers_are_those_of_transformers() -> None:
     assert states(cache) == []
 
 
+def test_layers_without_kv_have_no_pages() -> None:
+    cache = hybrid_cache()
+    k = torch.zeros(1, 2, 300, 8)
+    cache.update(k, k, 1)
+    stats = cache.stats()
+    assert stats.kv_bytes == 2 * k.nbytes == 300 * stats.tail_bytes // cache.session.tail.tokens
+    assert stats.kv_bytes <= stats.host_bytes <= 1024 * stats.kv_bytes // 300
+    with pytest.raises(CacheError, match="layer 0 updates a cache whose config has no KV there"):
+        cache.update(k, k, 0)
+    assert cache.get_seq_length() == 300
+
+
 def test_a_call_that_is_not_counted_is_undone() -> None:
     cache = hybrid_cache()
     with cache.session.around_call():

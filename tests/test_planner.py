@@ -189,5 +189,7 @@ def check(made: Plan, machine: Machine, request: Request) -> None:
     parts = memory.weight_bytes + memory.activation_bytes + fixed + memory.workspace_bytes
     assert parts + made.resident_bytes <= machine.gpu_memory
     assert made.gpu_bytes <= machine.gpu_memory
-    assert made.resident_bytes + made.host_bytes + memory.tail_bytes >= made.kv_bytes
+    values = memory.values
+    given_up = values["S_past"] * values["Hkv"] * values["B"] * values["R"] * values["e"]
+    assert made.resident_bytes + made.host_bytes + memory.tail_bytes + given_up >= made.kv_bytes
     assert made.max_context >= request.context

@@ -23,6 +23,7 @@ from headinfer_compile.plan_search import (  # noqa: E402
 )
 from headinfer_compile.plan_time import decode_of, prefill_of  # noqa: E402
 from headinfer_compile.planner import Plan, make_plan  # noqa: E402
+from headinfer_compile.runtime.block_plan import KEPT_TOKENS  # noqa: E402
 from test_planner import check  # noqa: E402
 
 MIB = 1 << 20
@@ -124,7 +125,11 @@ def test_a_refused_plan_is_infeasible(case: tuple[ModelFacts, Machine], request:
     host = min(host, machine.host_memory)
     room = machine.gpu_memory - facts.weight_bytes - activations
     gpu = max(0, room) if request.gpu_budget is None else min(request.gpu_budget, max(0, room))
-    kv = facts.token_bytes * request.batch * request.context
+    kept = [
+        request.context if window is None else min(request.context, window + KEPT_TOKENS + chunk)
+        for window in facts.windows
+    ]
+    kv = facts.token_bytes // facts.num_layers * request.batch * sum(kept)
     # What the runtime cannot go below: a page of each layer, 256 MiB of workspace, 512 MiB of
     # slack, cuBLAS, two slots, the staging ring and the tail.
     page = 8 * max(32 * MIB, 256 * facts.num_kv_heads * request.batch * facts.head_token_bytes)
