@@ -34,6 +34,7 @@ from benchmarks.common import (
 from benchmarks.models import build
 from headinfer_compile import HeadInferCache, headinfer
 from headinfer_compile.backend import restore_dynamo
+from headinfer_compile.cache_protocol import cache_argument
 
 COMPILERS = ("headinfer", "inductor")
 
@@ -47,7 +48,7 @@ def _generate(
         ours = compiler == "headinfer"
         cache = HeadInferCache(model.config, gpu_budget=0) if ours else DynamicCache()
         model.generate(  # type: ignore[operator]
-            ids, past_key_values=cache, prefill_chunk_size=chunk, max_new_tokens=new,
+            ids, **{cache_argument(model): cache}, prefill_chunk_size=chunk, max_new_tokens=new,
             min_new_tokens=new, do_sample=False, pad_token_id=0,
         )  # fmt: skip
     return time.perf_counter() - start

@@ -42,6 +42,7 @@ from benchmarks.common import (
     write_rows,
 )
 from headinfer_compile import HeadInferCache, headinfer
+from headinfer_compile.cache_protocol import cache_argument
 
 CODE = 64
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4, 2, 128, 256
@@ -204,13 +205,14 @@ def ask(
         synchronize(device)
         start = time.perf_counter()
         for part in haystack.ids.to(device).split(chunk, dim=1):
-            model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=part, logits_to_keep=1, **{cache_argument(model): cache})
         synchronize(device)
         seconds = time.perf_counter() - start
         right = []
         for key, value in haystack.pairs:
             question = torch.tensor([[key]], device=device)
-            logits = model(input_ids=question, past_key_values=cache, logits_to_keep=1).logits
+            held = {cache_argument(model): cache}
+            logits = model(input_ids=question, logits_to_keep=1, **held).logits
             best = logits[0, -1].float().max(dim=-1)
             whole = CODE / _rms(3)
             right.append(int(best.indices) == value and float(best.values) > 0.95 * whole)

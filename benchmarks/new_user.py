@@ -64,12 +64,12 @@ class Step:
 MISTAKES = {
     "torch.compile(model).generate": (
         f"{PREPARE}\nout = torch.compile(model, backend='headinfer').generate(\n"
-        "    ids, past_key_values=HeadInferCache(model.config), max_new_tokens=2)",
+        "    ids, cache=HeadInferCache(model.config), max_new_tokens=2)",
         "model.compile(backend='headinfer')",
     ),
     "a misspelt option": (
         f"{PREPARE}\nmodel.compile(backend='headinfer', options={{'num_slot': 3}})\n"
-        "model(ids, past_key_values=HeadInferCache(model.config))",
+        "model(ids, cache=HeadInferCache(model.config))",
         "did you mean 'num_slots'",
     ),
     "a size without a unit that exists": (

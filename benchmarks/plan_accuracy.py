@@ -38,6 +38,7 @@ from benchmarks.common import (
 from benchmarks.models import build
 from benchmarks.synthetic import fill_headinfer
 from headinfer_compile import HeadInferCache, headinfer
+from headinfer_compile.cache_protocol import cache_argument
 from headinfer_compile.config import HeadInferConfig, parse_bytes
 from headinfer_compile.cost_model import evaluate
 from headinfer_compile.machine import Rates, save_profile
@@ -72,6 +73,7 @@ class Runner:
         self, model: PreTrainedModel, name: str, setup: Setup, rates: Rates, args: Any
     ) -> None:
         self.model: Any = model
+        self._argument = cache_argument(model)
         self.name, self.setup, self.rates, self.args = name, setup, rates, args
         self.facts: ModelFacts = facts_of(model)
         self.chunk: int = args.chunk
@@ -98,7 +100,7 @@ class Runner:
         past = cache.get_seq_length()
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         out: torch.Tensor = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True,
+            input_ids=ids, position_ids=positions, **{self._argument: cache}, use_cache=True,
             logits_to_keep=1,
         ).logits  # fmt: skip
         return out

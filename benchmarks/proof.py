@@ -33,6 +33,7 @@ from benchmarks.common import (
 )
 from benchmarks.models import build
 from headinfer_compile import HeadInferCache, HeadInferConfig
+from headinfer_compile.cache_protocol import cache_argument
 from headinfer_compile.passes import verify
 from headinfer_compile.passes.pipeline import Dump, build_prologue, build_schedule
 from headinfer_compile.passes.schedule import PlanContext, PlanKey, Schedule
@@ -62,7 +63,7 @@ def keys_of(
         for start in range(0, context, chunk):
             new = min(chunk, context - start)
             ids = torch.empty((1, new), dtype=torch.int64, device="meta")
-            model(ids, past_key_values=cache)
+            model(ids, **{cache_argument(model): cache})
             for graph in recorder.take():
                 found.update(dict.fromkeys(graph.keys.values()))
     return list(found)

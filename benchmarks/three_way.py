@@ -36,6 +36,7 @@ from benchmarks.models import build, shape_of
 from benchmarks.roofline import measure
 from benchmarks.synthetic import fill_headinfer
 from headinfer_compile import HeadInferCache, HeadInferConfig, headinfer
+from headinfer_compile.cache_protocol import cache_argument
 from headinfer_compile.executor import CompiledGraph
 from headinfer_compile.runtime.attention import kernel_table
 
@@ -49,6 +50,7 @@ class Model:
 
     def __init__(self, model: Any, lowering: str) -> None:
         self.model = model
+        self._argument = cache_argument(model)
         self.options: dict[str, Any] = {"lowering": lowering}
         self.graphs: list[CompiledGraph] = []
         model.compile(backend=self._backend)
@@ -69,7 +71,8 @@ class Model:
     def step(self, ids: torch.Tensor, cache: HeadInferCache) -> torch.Tensor:
         """Logits of the last token of a call."""
         out: torch.Tensor
-        out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        held = {self._argument: cache}
+        out = self.model(ids, use_cache=True, logits_to_keep=1, **held).logits
         return out
 
 

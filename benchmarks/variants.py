@@ -30,6 +30,7 @@ from benchmarks.models import Shape, shape_of, twin
 from benchmarks.paper import CHUNK, PaperCache, paper_model
 from benchmarks.synthetic import fill_headinfer, fill_transformers
 from headinfer_compile import HeadInferCache, headinfer
+from headinfer_compile.cache_protocol import cache_argument
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Variant:
     def __init__(self, name: str, model: PreTrainedModel, kernel: str) -> None:
         self.name = name
         self.model = model
+        self._argument = cache_argument(model)
         self.kernel = kernel
         self.shape: Shape = shape_of(model)
         self.cache: Any = None
@@ -74,7 +76,7 @@ class Variant:
         out: Tensor = self.model(
             input_ids=ids,
             position_ids=positions,
-            past_key_values=self.cache,
+            **{self._argument: self.cache},
             use_cache=True,
             logits_to_keep=1,
         ).logits
@@ -160,7 +162,10 @@ class _Compiled(_Transformers):
 
     def decode(self, ids: Tensor) -> Tensor:
         out: Tensor = self._call(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._argument: self.cache},
         ).logits
         return out
 

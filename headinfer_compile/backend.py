@@ -140,8 +140,8 @@ def compile_graph(
     updates = _updates(gm)
     if not updates:
         log.warning(
-            "this graph uses no HeadInferCache, so nothing is offloaded and it is compiled with "
-            "Inductor: pass cache=HeadInferCache(model.config) to the call or to generate "
+            "this graph uses no HeadInferCache, so nothing is offloaded and it is compiled as it "
+            "is: pass cache=HeadInferCache(model.config) to the call or to generate "
             "(past_key_values=... before transformers 5.24)"
         )
         return _without_sites(gm, example_inputs, config)

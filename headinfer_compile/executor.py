@@ -220,10 +220,10 @@ class CompiledGraph:
         if int(positions[..., 0].max()) == 0:
             raise CacheError(
                 f"the cache holds {session.length} tokens and the new tokens start at position 0 "
-                "again: transformers before 5.21 feeds the whole conversation again when "
-                "prefill_chunk_size is given on a non-empty cache. Leave prefill_chunk_size out "
-                "for this turn (queries are split anyway), or upgrade transformers. "
-                "Nothing was stored"
+                "again: with use_cache=False every call feeds the whole conversation, which needs "
+                "no HeadInferCache; transformers before 5.21 does so when prefill_chunk_size is "
+                "given on a non-empty cache: leave it out for this turn (queries are split "
+                "anyway), or upgrade transformers. Nothing was stored"
             )
 
     def start(self, session: Session, k: torch.Tensor, v: torch.Tensor, past: int) -> Step:
