@@ -76,11 +76,22 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to ``source``."""
+    """Load the tokenizer that belongs to ``source``.
+
+    Raises:
+        HeadInferError: There is none, or of a kind that needs another package.
+    """
     kwargs = {} if source.gguf is None else {"gguf_file": source.gguf}
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source.name, trust_remote_code=False, **kwargs
-    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.name, trust_remote_code=False, **kwargs
+        )
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise HeadInferError(
+            f"{source.name}: no tokenizer could be loaded ({reason}): put one beside the weights "
+            "with tokenizer.save_pretrained(folder)"
+        ) from error
     return tokenizer
 
 

@@ -31,6 +31,7 @@ from error_harness import (
     pickled,
     run_case,
     with_code,
+    without_tokenizer,
 )  # fmt: skip
 from harness import clean_dynamo, generate, random_ids
 from headinfer_compile import HeadInferCache, HeadInferConfig, headinfer, load_schedule
@@ -337,6 +338,7 @@ CASES: list[ErrorCase] = [
     # -- model files --------------------------------------------------------------------------
     load("safetensors", "weights in a pickle only", pickled),
     load("", "weights cut short", cut),
+    load("no tokenizer could be loaded", "a folder without a tokenizer", without_tokenizer),
     load("trust_remote_code", "a config that brings its own code", with_code),
     command("no such folder", "generate", "DIR/nothing", "--prompt", "a", group="Model files"),
     command("there is no such file", "generate", "DIR/nothing.gguf", "--prompt", "a",

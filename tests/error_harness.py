@@ -174,6 +174,12 @@ def cut(source: Path, target: Path) -> None:
     target.write_bytes(data[:1000] if source.suffix == ".safetensors" else data)
 
 
+def without_tokenizer(source: Path, target: Path) -> None:
+    """Leave the tokenizer out."""
+    if not source.name.startswith("tokenizer"):
+        target.write_bytes(source.read_bytes())
+
+
 def with_code(source: Path, target: Path) -> None:
     """Let the config bring code of its own."""
     target.write_bytes(source.read_bytes())
