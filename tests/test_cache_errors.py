@@ -286,9 +286,7 @@ def test_a_second_chunked_turn_on_old_transformers(
 ) -> None:
     cache, tokens = used
     ids = torch.cat([tokens, random_ids(seed, 30)], 1)
-    with pytest.raises(
-        CacheError, match=r"start at position 0 again.*leave it out"
-    ):
+    with pytest.raises(CacheError, match=r"start at position 0 again.*leave it out"):
         generate(llama.model, ids, cache, NEW, prefill_chunk_size=16)
     assert_intact(llama, seed, used)
 
