@@ -160,21 +160,26 @@ class BlockTable:
         return max((block.nbytes for block in self.blocks if block.slabs), default=0)
 
     def plan(
-        self, tokens: int, num_rows: int | None = None, *, now: bool = False
+        self, tokens: int, num_rows: int | None = None, *, stored: int | None = None
     ) -> list[tuple[int, Tier]]:
         """Tokens and tier of the blocks still to be made to hold ``tokens`` tokens.
 
         Args:
             tokens: Tokens in all.
             num_rows: Rows to store of each new token; None: one for each batch row.
-            now: In one step, so that nothing more is given up before.
+            stored: Tokens held now, where one step brings all others, so that nothing more is
+                given up before; None: chunks do.
 
         Raises:
             DoesNotFitError: The host budget does not hold them. Nothing has been made.
         """
         plan = self._block_plan(num_rows)
         made = plan.grow(tokens)
-        host_bytes = plan.host_bytes - (0 if now else plan.given_up_bytes(tokens))
+        if stored is None:
+            host_bytes = plan.host_bytes - plan.given_up_bytes(tokens)
+        else:
+            missing = self._missing(stored, tokens)
+            host_bytes = plan.host_bytes + sum(self._slab_bytes(*lack) for lack in missing)
         if host_bytes > self.host_budget:
             longest = self._block_plan(num_rows).longest(self.host_budget)
             everything = plan.gpu_bytes + host_bytes
@@ -203,31 +208,47 @@ class BlockTable:
             DoesNotFitError: Budget or machine do not hold them; what was stored is intact.
         """
         groups = tuple(range(self.geometry.batch)) if groups is None else groups
-        for block in self.blocks if self.windows else ():
-            if block.start < tokens and block.start + block.tokens > stored:
-                self._restore(block)
-        for count, tier in self.plan(tokens, len(set(groups)), now=True):
+        made = self.plan(tokens, len(set(groups)), stored=stored)
+        for block, window in self._missing(stored, tokens):
+            self._restore(block, window)
+        for count, tier in made:
             self._append(count, tier, groups)
+
+    def _missing(self, stored: int, tokens: int) -> list[tuple[TokenBlock, int | None]]:
+        """What layers with a window have given up of the blocks that a step writes."""
+        return [
+            (block, window)
+            for block in (self.blocks if self.windows else ())
+            if block.start < tokens and block.start + block.tokens > stored
+            for window in self.classes
+            if block.lacks(window)
+        ]
+
+    def surplus(self, stored: int, tokens: int) -> list[tuple[TokenBlock, int | None]]:
+        """Pages past ``tokens`` of layers that a step needs older ones of again, after a crop."""
+        lacking = {window for _, window in self._missing(stored, tokens)}
+        return [
+            (block, window)
+            for block in self.blocks
+            for window in lacking
+            if block.start >= tokens and block.whole and window in block.slabs
+        ]
 
     def give_up(self, block: TokenBlock, window: int | None) -> None:
         """Drop the pages of a class of layers in a host block; no copy of them is under way."""
-        unit = self._unit_bytes(block)
-        block.pages = Pages(
-            (layer, page)
-            for layer, page in block.pages.items()
-            if layer not in self.classes[window]
-        )
+        unit, layers = self._unit_bytes(block), self.classes[window]
+        pages = block.pages.items()
+        block.pages = Pages((layer, page) for layer, page in pages if layer not in layers)
         self.changes += 1
         self._slabs.give_back(block.slabs.pop(window), unit)
 
-    def _restore(self, block: TokenBlock) -> None:
-        """Have the pages that a host block lacks; nothing was written to them."""
-        for window, layers in self.classes.items():
-            if block.lacks(window):
-                slab = self._take(block, layers)
-                block.pages = Pages({**block.pages, **self._views(block, slab.tensor, layers)})
-                block.slabs[window] = slab
-                self.changes += 1
+    def _restore(self, block: TokenBlock, window: int | None) -> None:
+        """Have the pages of a class of layers in a host block; nothing was written to them."""
+        layers = self.classes[window]
+        slab = self._slabs.take(self._slab_bytes(block, window), self._unit_bytes(block))
+        block.pages = Pages({**block.pages, **self._views(block, slab.tensor, layers)})
+        block.slabs[window] = slab
+        self.changes += 1
 
     def first_narrow(self, start: int, groups: Rows) -> int | None:
         """Index of the first block that has too few rows for tokens from ``start`` on, if any."""
@@ -332,7 +353,8 @@ class BlockTable:
         )
         if buffer is None:
             try:
-                self._restore(block)
+                for window in self.classes:
+                    self._restore(block, window)
             except BaseException:
                 # What is missing has been said; the slabs that there were are of no block.
                 _close(block)
@@ -346,9 +368,9 @@ class BlockTable:
         """Bytes of a page of a block."""
         return block.tokens * self.geometry.with_batch(block.num_rows).layer_token_bytes
 
-    def _take(self, block: TokenBlock, layers: Sequence[int]) -> HostSlab:
-        unit = self._unit_bytes(block)
-        return self._slabs.take(len(layers) * unit, unit)
+    def _slab_bytes(self, block: TokenBlock, window: int | None) -> int:
+        """Bytes of the slab of a class of layers in a host block."""
+        return len(self.classes[window]) * self._unit_bytes(block)
 
     def _views(self, block: TokenBlock, buffer: torch.Tensor, layers: Sequence[int]) -> Pages:
         """The pages of some layers in a buffer."""

@@ -16,10 +16,17 @@ if TYPE_CHECKING:
     from headinfer_compile.runtime.session import Session
 
 
-def give_up_pages(session: Session, past: int) -> None:
-    """Give up the pages that no call after ``past`` tokens sees, if the running call proves it."""
+def give_up_pages(session: Session, past: int, stored: int, after: int) -> None:
+    """Give up the pages that no call sees any more, if the running call proves it.
+
+    Args:
+        session: In a call, before its pages are made.
+        past: Tokens held.
+        stored: Tokens in pages.
+        after: Tokens in pages once the call is done.
+    """
     table = session.table
-    found = []
+    found = table.surplus(stored, after)
     for window, layers in table.classes.items():
         end = 0 if window is None else _end(session, layers, past)
         found += [

@@ -205,7 +205,7 @@ class Session(Store):
         self.check_announced(None if groups is None else len(set(groups)))
         if step.stored_after > stored:
             step.groups = tuple(range(self.geometry.batch)) if groups is None else groups
-            give_up_pages(self, past)
+            give_up_pages(self, past, stored, step.stored_after)
             open_rows(self, stored, step.groups)
             self.table.ensure(step.stored_after, step.groups, stored)
             limit = self.staging_tokens(self.geometry)

@@ -39,7 +39,8 @@ def test_windows_in_bounded_host_memory(
         build(slab, *args, **how)
 
     monkeypatch.setattr(HostSlab, "__init__", counted)
-    m = CompiledModel(tiny_mistral(seed, WINDOW, layers=3).to(DEVICE), cpu_attention=cpu_attention)
+    resident: Any = tiny_mistral(seed, WINDOW, layers=3)
+    m = CompiledModel(resident.to(DEVICE), cpu_attention=cpu_attention)
     m.model.to(DEVICE)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (1, PROMPT), generator=generator).to(DEVICE)

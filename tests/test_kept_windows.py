@@ -216,11 +216,11 @@ def test_no_copy_is_under_way_when_pages_are_given_up(
     """Their memory may be unmapped. Without the waits some of the work is under way."""
     mixed.use(num_slots=2)
 
-    def give_up_at_once(session: Session, past: int) -> None:
+    def give_up_at_once(session: Session, *where: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(session, "drain", lambda: None)
             patch.setattr(session.streams, "drain", lambda: None)
-            retention.give_up_pages(session, past)
+            retention.give_up_pages(session, *where)
 
     if not waits:
         monkeypatch.setattr("headinfer_compile.runtime.session.give_up_pages", give_up_at_once)
@@ -299,6 +299,18 @@ def test_reserve_counts_what_is_kept(mixed: CompiledModel, seed: int) -> None:
         with pytest.raises(DoesNotFitError, match="a context of at most"):
             cache.reserve(2000)
     refused = pytest.raises(DoesNotFitError, match="a context of at most")
+    ids = random_ids(seed, 390)
+    with mixed.cache(host_budget=budget) as cache, torch.no_grad():
+        found = []
+        for _ in range(2):
+            found.append(mixed.forward(ids, cache, 32))
+            assert cache.stats().host_bytes <= budget
+            cache.reset()
+        assert torch.equal(*found)
+        with refused:
+            mixed.model(ids, past_key_values=cache)
+        assert cache.stats().host_bytes <= budget
+        assert torch.equal(mixed.forward(ids, cache, 32), found[0])
     with mixed.cache(host_budget=budget) as cache, refused:
         cache.reserve(2000)
 
