@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from headinfer_compile.activations import activation_model
 from headinfer_compile.auto_settings import AutoSettings, known_machine
+from headinfer_compile.cache_protocol import CACHE_ARGUMENTS
 from headinfer_compile.config import HeadInferConfig
 from headinfer_compile.errors import HeadInferError, OptionError
 from headinfer_compile.executor import CompiledGraph, GraphReport
@@ -26,7 +27,6 @@ from headinfer_compile.passes.pipeline import Dump, run_graph_passes
 
 log = logging.getLogger(__name__)
 
-_CACHES = ("cache", "past_key_values")
 _INPUTS = ("input_ids", "position_ids", "attention_mask", "inputs_embeds")
 _RECOMPILE_LIMIT = 64
 
@@ -44,7 +44,10 @@ def configure_dynamo() -> Callable[[], None]:
         A function that restores what was set before.
     """
     before = torch.compiler.config.dynamic_sources, torch._dynamo.config.recompile_limit
-    sources = [*(f"['{name}'].length" for name in _CACHES), *(f"['{name}']" for name in _INPUTS)]
+    sources = [
+        *(f"['{name}'].length" for name in CACHE_ARGUMENTS),
+        *(f"['{name}']" for name in _INPUTS),
+    ]
     # The token ids of a decorated forward, after its ``self`` or not.
     names = ["L['args'][0]", "L['args'][1]"]
     names += [f"L{at}{source}" for source in sources for at in ("", "['kwargs']")]

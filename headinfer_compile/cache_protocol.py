@@ -13,10 +13,14 @@ from headinfer_compile.runtime.batch import select_rows
 from headinfer_compile.runtime.ops import session_of
 from headinfer_compile.runtime.session import Session
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""The argument of models for their cache: since transformers 5.24, and before."""
+
 
 def cache_argument(model: torch.nn.Module) -> str:
-    """The argument that ``model`` takes its cache by: ``cache`` since transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """The one of ``CACHE_ARGUMENTS`` that ``model`` takes."""
+    newer, older = CACHE_ARGUMENTS
+    return newer if newer in inspect.signature(model.forward).parameters else older
 
 
 class CacheProtocol(Cache):

@@ -55,7 +55,7 @@ def _step_seconds(model: Any, device: torch.device, blocks: int, gpu_budget: int
     ) as cache:
         _hold(cache, model, device, blocks * _PAGE)
         ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        times = []
+        argument, times = cache_argument(model), []
         with torch.no_grad():
             for step in range(4 + _STEPS):
                 past = cache.get_seq_length()
@@ -63,7 +63,7 @@ def _step_seconds(model: Any, device: torch.device, blocks: int, gpu_budget: int
                 start = time.perf_counter()
                 model(
                     ids, position_ids=positions, use_cache=True, logits_to_keep=1,
-                    **{cache_argument(model): cache},
+                    **{argument: cache},
                 )  # fmt: skip
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -64,6 +65,10 @@ class TokenBlock:
     def nbytes(self) -> int:
         """Bytes of its memory; a block that was cut counts as its first part."""
         return self.device_bytes + sum(slab.nbytes for slab in self.slabs.values())
+
+    def can_give_up(self, window: int | None) -> bool:
+        """Whether the layers of this window have pages here that are those of no other block."""
+        return self.whole and window in self.slabs
 
     def lacks(self, window: int | None) -> bool:
         """Whether the layers of this window have given up their pages, or have none yet."""
@@ -231,7 +236,7 @@ class BlockTable:
             (block, window)
             for block in self.blocks
             for window in lacking
-            if block.start >= tokens and block.whole and window in block.slabs
+            if block.start >= tokens and block.can_give_up(window)
         ]
 
     def give_up(self, block: TokenBlock, window: int | None) -> None:
@@ -341,24 +346,16 @@ class BlockTable:
                 )
                 self.gpu_budget, tier = self.bytes_on("gpu"), "host"
         block = TokenBlock(
-            index=self._new_index(),
-            start=self.capacity,
-            tokens=tokens,
-            tier=tier,
-            pages=Pages(),
-            device_bytes=0 if buffer is None else nbytes,
-            slabs={},
-            num_rows=num_rows,
-            rows=groups,
-        )
+            index=self._new_index(), start=self.capacity, tokens=tokens, tier=tier, pages=Pages(),
+            device_bytes=0 if buffer is None else nbytes, slabs={}, num_rows=num_rows, rows=groups,
+        )  # fmt: skip
         if buffer is None:
-            try:
+            with ExitStack() as refused:
+                # The slabs that there were are then of no block.
+                refused.callback(_close, block)
                 for window in self.classes:
                     self._restore(block, window)
-            except BaseException:
-                # What is missing has been said; the slabs that there were are of no block.
-                _close(block)
-                raise
+                refused.pop_all()
         else:
             block.pages.update(self._views(block, buffer, self.geometry.layers))
         self.changes += 1

@@ -32,7 +32,7 @@ def give_up_pages(session: Session, past: int, stored: int, after: int) -> None:
         found += [
             (block, window)
             for block in table.blocks
-            if block.start + block.tokens <= end and block.whole and window in block.slabs
+            if block.start + block.tokens <= end and block.can_give_up(window)
         ]
     if found:
         # Whoever reads or writes them has to be done: the memory goes to other tokens.

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from harness import (
@@ -31,6 +30,7 @@ from headinfer_compile.runtime.pages import BlockTable, TokenBlock
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.slab import SlabAllocator
 from headinfer_compile.simulator import simulated
+from test_simulator import play
 
 WINDOW, KEPT, PAGE = 20, 12, 16
 
@@ -175,21 +175,6 @@ def test_a_materialised_layer_keeps_everything(seed: int) -> None:
 CALLS = (40, 30, 30, *[1] * 22, 30, -9, *[1] * 12, 0, 50, 50, *[1] * 20)
 
 
-def play(model: CompiledModel, cache: HeadInferCache, seed: int) -> list[Tensor]:
-    ids, at, logits = random_ids(seed, 512), 0, []
-    with torch.no_grad():
-        for count in CALLS:
-            if count > 0:
-                part = ids[:, at : at + count]
-                logits.append(model.model(part, past_key_values=cache).logits)
-                at += count
-            elif count < 0:
-                cache.crop(count)
-            else:
-                cache.reset()
-    return logits
-
-
 @pytest.mark.parametrize(
     "options",
     [{"cpu_attention": 0.5}, pytest.param({"num_slots": 2}, marks=pytest.mark.slow)],
@@ -198,12 +183,12 @@ def test_any_order_of_the_streams(mixed: CompiledModel, options: dict[str, Any],
     mixed.use(**options)
     sizes: dict[str, Any] = {"tail_tokens": 4, "page_tokens": 8}
     with mixed.cache(**sizes) as cache:
-        want = play(mixed, cache, seed)
+        want = play(mixed, cache, CALLS, seed)
         assert retention.given_up_tokens(cache.session.table, cache.length)
     for order in range(2):
         with mixed.cache(**sizes) as cache:
             with simulated(cache, seed=seed + order, synchronize=bool(order % 2)) as simulation:
-                found = play(mixed, cache, seed)
+                found = play(mixed, cache, CALLS, seed)
             simulation.log.check()
         assert all(map(torch.equal, found, want))
     mixed.use()
@@ -236,7 +221,7 @@ def test_no_copy_is_under_way_when_pages_are_given_up(
             give_up(table, block, window)
 
         monkeypatch.setattr(BlockTable, "give_up", observed)
-        play(mixed, cache, seed)
+        play(mixed, cache, CALLS, seed)
     mixed.use()
     assert len(pending) > 10
     assert (max(pending) == 0) == waits
