@@ -74,6 +74,11 @@ def main(argv: list[str] | None = None) -> list[Row]:
     }
     from_ours = {name: difference(found, other) for name, other in logits.items()}
     nearest, spread = min(from_ours.values()), max(apart.values())
+    by_forward = {
+        f"{a}-{b}": [difference(x, y) for x, y in zip(runs[a], runs[b], strict=True)]
+        for runs in ({**logits, "ours": found},)
+        for a, b in itertools.combinations(runs, 2)
+    }
     agree = {
         name: int((found.argmax(-1) == other.argmax(-1)).sum()) for name, other in logits.items()
     }
@@ -82,7 +87,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
         "case": "logits",
         "context": args.context, "chunk": args.chunk, "variant": args.variant,
         "forwards": found.shape[0], "ours": nearest, "spread": spread, "from_ours": from_ours,
-        "between_resident": apart, "same_argmax": agree, "details": details,
+        "between_resident": apart, "by_forward": by_forward, "same_argmax": agree,
+        "details": details,
     }  # fmt: skip
     row |= provenance(setup.device, args.note)
     write_rows(args.out, [row])

@@ -199,7 +199,8 @@ def attend_paged(
     part_lse = q.new_empty((pairs, splits, group), dtype=torch.float32)
     out = q.new_empty((batch, heads, 1, v_head_dim), dtype=dtype)
     lse = q.new_empty((batch, heads, 1), dtype=torch.float32)
-    v_pad = triton.next_power_of_2(v_head_dim)
+    # tl.dot takes no dimension below 16: narrower heads are padded by its masks.
+    v_pad = max(16, triton.next_power_of_2(v_head_dim))
     _split_kernel[(splits, pairs)](
         q,
         addresses,
@@ -219,7 +220,7 @@ def attend_paged(
         G=group,
         G_PAD=max(16, triton.next_power_of_2(group)),
         D=dim,
-        D_PAD=triton.next_power_of_2(dim),
+        D_PAD=max(16, triton.next_power_of_2(dim)),
         DV=v_head_dim,
         DV_PAD=v_pad,
         BLOCKS=max(16, triton.next_power_of_2(addresses.shape[0])),

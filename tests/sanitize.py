@@ -3,8 +3,9 @@
     python tests/sanitize.py --output benchmarks/results/sanitizer.json
 
 memcheck finds accesses outside of allocations, racecheck hazards of shared memory in our kernels;
-what orders streams is the business of ``passes/verify.py`` and of the stress tests. Exit codes: 0
-nothing found, 1 something found or the run failed, 3 there is no compute-sanitizer.
+what orders streams is the business of ``passes/verify.py`` and of the stress tests. What is found
+in kernels of other libraries is listed and not counted. Exit codes: 0 nothing found in ours, 1
+something found or the run failed, 3 there is no compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck")
+_OURS = re.compile(r"\bat _(split|join|append|merge)_kernel\b")
+"""Names of our kernels in a line of a report (``runtime/*_triton.py``)."""
 
 
 def find_sanitizer() -> str | None:
@@ -46,9 +49,12 @@ def parse(text: str) -> dict[str, Any]:
     """Errors and hazards of a report, and the first lines that say what they are.
 
     >>> parse("========= ERROR SUMMARY: 0 errors")
-    {'summary': 'ERROR SUMMARY: 0 errors', 'errors': 0, 'details': []}
+    {'summary': 'ERROR SUMMARY: 0 errors', 'errors': 0, 'elsewhere': 0, 'details': []}
     >>> parse("========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)")["errors"]
     2
+    >>> line = "========= Error: Race reported between Read access at {}(Params)+0x10"
+    >>> parse(line.format("fmha"))["elsewhere"], parse(line.format("_split_kernel"))["elsewhere"]
+    (1, 0)
     """
     lines = [line[9:].strip() for line in text.splitlines() if line.startswith("=========")]
     summaries = [line for line in lines if "SUMMARY:" in line]
@@ -61,6 +67,7 @@ def parse(text: str) -> dict[str, Any]:
     return {
         "summary": summaries[-1] if summaries else None,
         "errors": max((int(count[1]) for count in counts if count), default=None),
+        "elsewhere": sum(" at " in line and not _OURS.search(line) for line in details),
         "details": details[:20],
     }
 
@@ -113,7 +120,9 @@ def main() -> int:
         "worker": "2 layers, 64 tokens, two slots and one resident page",
         **_versions(sanitizer),
         "tools": tools,
-        "clean": all(tool["ran"] and tool["errors"] == 0 for tool in tools.values()),
+        "clean": all(
+            tool["ran"] and tool["errors"] == tool["elsewhere"] for tool in tools.values()
+        ),
     }
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")

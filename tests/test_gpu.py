@@ -254,7 +254,7 @@ def test_autocast_gives_what_a_resident_run_under_autocast_gives() -> None:
         exact = model(input_ids=ids).logits
     runs = []
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.__members__[name]):
                 runs.append(model(input_ids=ids).logits.float())
     model.compile(backend=headinfer, options={"lowering": "eager"})
