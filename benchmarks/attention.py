@@ -84,9 +84,12 @@ def resident_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, kern
     return found
 
 
-def register_kernel(name: str, run: kernels.Run, device: torch.device, dtype: torch.dtype) -> None:
-    """Register attention by ``run`` with transformers as ``name``."""
-    many, one = make_attend(run, device, dtype), decode_kernel(device, dtype)
+def register_kernel(
+    name: str, run: kernels.Run, device: torch.device, dtype: torch.dtype,
+    one: kernels.Run | None = None,
+) -> None:  # fmt: skip
+    """Register attention by ``run``, of single queries by ``one``, with transformers as ``name``."""
+    many, one = make_attend(run, device, dtype), one or decode_kernel(device, dtype)
 
     def forward(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,

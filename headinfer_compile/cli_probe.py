@@ -80,6 +80,7 @@ def _table(profile: MachineProfile) -> Table:
     table.add_row("attention over a causal square", _operations(rates.causal))
     table.add_row("matrix products of a layer", _operations(rates.matmul))
     table.add_section()
+    table.add_row("host time of a call", f"{rates.call_seconds * 1e6:,.0f} us")
     table.add_row("host time of a layer in decode", f"{rates.layer_seconds * 1e6:,.0f} us")
     table.add_row("host time of a streamed block", f"{rates.block_seconds * 1e6:,.0f} us")
     table.add_section()

@@ -58,6 +58,7 @@ SYMBOLS = {
     "link": "host to device, bytes a second",
     "d2h": "device to host, bytes a second",
     "dram": "host memory beside the link, bytes a second",
+    "t_call": "host seconds of a call, its layers left out",
     "t_layer": "host seconds of a layer",
     "t_block": "host seconds of a streamed KV block",
 }
@@ -97,7 +98,7 @@ def formulas() -> Mapping[str, sympy.Expr]:
     found["prefill_link_seconds"] = Max(
         v["Hkv"] * row * v["K_host"] / v["link"], token * v["n"] / v["d2h"]
     )
-    found["prefill_host_seconds"] = v["L"] * v["t_layer"] + v["U"] * v["t_block"]
+    found["prefill_host_seconds"] = v["t_call"] + v["L"] * v["t_layer"] + v["U"] * v["t_block"]
     found["chunk_seconds"] = Max(
         found["prefill_matrices_seconds"]
         + found["prefill_attention_seconds"]
@@ -109,7 +110,7 @@ def formulas() -> Mapping[str, sympy.Expr]:
     found["decode_memory_seconds"] = (v["read"] + v["Hkv"] * row * v["K"]) / v["hbm"]
     found["decode_link_seconds"] = (1 - v["s_cpu"]) * streamed / v["link"]
     found["decode_cpu_seconds"] = v["s_cpu"] * streamed / v["dram"]
-    found["decode_host_seconds"] = v["L"] * v["t_layer"] + v["U"] * v["t_block"]
+    found["decode_host_seconds"] = v["t_call"] + v["L"] * v["t_layer"] + v["U"] * v["t_block"]
     found["token_seconds"] = Max(
         found["decode_memory_seconds"],
         found["decode_link_seconds"],

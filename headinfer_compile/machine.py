@@ -24,7 +24,7 @@ from headinfer_compile.runtime.budget import default_host_budget, device_room
 log = logging.getLogger(__name__)
 
 _EXPIRY_SECONDS = 30 * 24 * 3600
-_VERSION = 1
+_VERSION = 2
 _OF_PEAK = 0.85
 """Share of a described ``tflops`` that large matrix products and attention reach."""
 
@@ -53,7 +53,9 @@ class Rates:
     """A square causal block; its operations are those of the visible half."""
     attention_kernels: tuple[tuple[str, float], ...] = ()
     """Each usable kernel with its rate."""
-    layer_seconds: float = 450e-6
+    call_seconds: float = 4e-3
+    """Host time of a compiled call, what its layers take left out."""
+    layer_seconds: float = 350e-6
     """Host time of a layer in decode: its region and its site."""
     block_seconds: float = 200e-6
     """Host time of a streamed KV block: prefetch, wait, attend, release."""

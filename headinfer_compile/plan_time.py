@@ -116,7 +116,8 @@ def chunk_values(
         "X": pairs, "J": sum(-(-rows // slot) for rows in seen), "U": units,
         "M": facts.matrix_elements, "M_head": facts.head_elements, "F": rates.matmul,
         "A": rates.attention, "A_c": rates.causal, "hbm": rates.hbm, "link": rates.link(run),
-        "d2h": rates.d2h[-1][1], "t_layer": rates.layer_seconds, "t_block": rates.block_seconds,
+        "d2h": rates.d2h[-1][1], "t_call": rates.call_seconds, "t_layer": rates.layer_seconds,
+        "t_block": rates.block_seconds,
     }  # fmt: skip
 
 
@@ -135,8 +136,8 @@ def decode_of(facts: ModelFacts, machine: Machine, memory: Memory) -> Phase:
         **values, "s_cpu": share, "L": facts.num_layers, "K": sum(seen),
         "K_host": sum(streamed), "U": units, "read": facts.read_bytes,
         "hbm": rates.hbm, "link": rates.link(run),
-        "dram": rates.dram_beside_link, "t_layer": rates.layer_seconds,
-        "t_block": rates.block_seconds,
+        "dram": rates.dram_beside_link, "t_call": rates.call_seconds,
+        "t_layer": rates.layer_seconds, "t_block": rates.block_seconds,
     }  # fmt: skip
     parts = {
         part: evaluate(f"decode_{part}_seconds", found)

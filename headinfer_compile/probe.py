@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 _LINK_SIZES = (_MIB, 4 * _MIB, 8 * _MIB, 32 * _MIB, 128 * _MIB)
+_LASTING = 0.4
+"""Seconds that each rate of operations is measured for on a GPU."""
 _HEADS, _DIM = 4, 128
 """Query heads that share a KV head, and their dim, as most models of 7 to 70 billion have them."""
 
@@ -73,7 +75,7 @@ def probe() -> MachineProfile:
         kernels, causal = _attention_rates(device, dtype)
         matmul = _matmul_rate(device, dtype)
         hbm = _read_rate(device, dtype) if cuda else dram
-    layer_seconds, block_seconds = host_seconds(device, dtype)
+    host = host_seconds(device, dtype)
     if cuda:
         torch.cuda.empty_cache()
     rates = Rates(
@@ -87,8 +89,9 @@ def probe() -> MachineProfile:
         attention=max(rate for _, rate in kernels),
         causal=causal,
         attention_kernels=kernels,
-        layer_seconds=layer_seconds,
-        block_seconds=block_seconds,
+        call_seconds=host.call,
+        layer_seconds=host.layer,
+        block_seconds=host.block,
     )
     return MachineProfile(
         device=device_name(),
@@ -113,18 +116,25 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds(run: Callable[[], object], device: torch.device, repeats: int, calls: int) -> float:
-    """Median seconds of one call over ``repeats`` timings of ``calls`` calls each."""
+def _seconds(
+    run: Callable[[], object], device: torch.device, repeats: int, calls: int, lasting: float = 0.0
+) -> float:
+    """Median seconds of one call over timings of ``calls`` calls each.
+
+    There are ``repeats`` timings, and as many more as ``lasting`` seconds hold, of which the second
+    half counts: under a load that goes on, the clocks of a device fall.
+    """
     run()
     _synchronize(device)
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < repeats or time.perf_counter() - begin < lasting:
         start = time.perf_counter()
         for _ in range(calls):
             run()
         _synchronize(device)
         times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times)
+    return statistics.median(times[len(times) // 2 if lasting else 0 :])
 
 
 Table = tuple[tuple[int, float], ...]
@@ -187,6 +197,7 @@ def _attention_rates(device: torch.device, dtype: torch.dtype) -> tuple[Named, f
     """Rate of every kernel that attends one KV head's block, and the best one's on a square."""
     cuda = device.type == "cuda"
     new, past = (16384, 65536) if cuda else (128, 512)
+    lasting = _LASTING if cuda else 0.0
     capability = torch.cuda.get_device_capability(device) if cuda else None
     q = torch.randn(1, _HEADS, new, _DIM, device=device, dtype=dtype)
     k, v = (torch.randn(1, 1, past, _DIM, device=device, dtype=dtype) for _ in range(2))
@@ -200,10 +211,10 @@ def _attention_rates(device: torch.device, dtype: torch.dtype) -> tuple[Named, f
         if kernel.name == "math" or kernel.supports(request) is not None:
             continue
         block = functools.partial(kernel.run, q, k, v, scale=scale, causal=False, mask=None)
-        found[kernel.name] = 4 * _HEADS * _DIM * new * past / _seconds(block, device, 3, 4)
+        found[kernel.name] = 4 * _HEADS * _DIM * new * past / _seconds(block, device, 3, 4, lasting)
         own = k[:, :, :new], v[:, :, :new]
         square = functools.partial(kernel.run, q, *own, scale=scale, causal=True, mask=None)
-        seconds = _seconds(square, device, 3, 4)
+        seconds = _seconds(square, device, 3, 4, lasting)
         squares[kernel.name] = 2 * _HEADS * _DIM * new * new / seconds
     return tuple(sorted(found.items(), key=lambda item: -item[1])), max(squares.values())
 
@@ -223,7 +234,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.nn.functional.linear(x, weight)
         torch.nn.functional.linear(inner, down)
 
-    seconds = _seconds(layer, device, 5, 8 if cuda else 2)
+    seconds = _seconds(layer, device, 5, 8 if cuda else 2, _LASTING if cuda else 0.0)
     return 2 * tokens * hidden * (sum(widths) + widths[-1]) / seconds
 
 

@@ -1,13 +1,14 @@
-"""Host time of a compiled decode step: per layer, and per KV block that is streamed.
+"""Host time of a compiled decode step: of the call, per layer, and per KV block that is streamed.
 
-A model of many layers and no width runs through the backend, so that nothing but calls takes time.
-Its pages are made and never written: what they hold does not matter.
+Models of some layers and no width run through the backend, so that nothing but calls takes time.
+Their pages are made and never written: what they hold does not matter.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,30 +23,50 @@ _STEPS = 24
 _FEW, _MANY = 2, 34
 
 
-def host_seconds(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of a layer, and of a streamed KV block of all heads.
+@dataclass(frozen=True)
+class HostSeconds:
+    """Host time of a decode step, by what it grows with."""
+
+    call: float
+    """What no layer takes: guards of Dynamo, the caller, embedding and head."""
+    layer: float
+    block: float
+    """A streamed KV block of all heads of a layer."""
+
+
+def host_seconds(device: torch.device, dtype: torch.dtype) -> HostSeconds:
+    """Run models of few and of more layers.
 
     Args:
-        device: Where the model runs. Its regions are compiled on CUDA; on a CPU, where compiling
+        device: Where the models run. Their regions are compiled on CUDA; on a CPU, where compiling
             takes longer than everything else here, they run eagerly.
-        dtype: Of the model.
+        dtype: Of the models.
     """
     cuda = device.type == "cuda"
-    layers = 8 if cuda else 3  # tracing them is most of the time that a CPU needs
+    # Tracing the layers is most of the time that a CPU needs.
+    counts = (2, 10) if cuda else (1, 3)
+    fewest, most = (_model(layers, device, dtype) for layers in counts)
+    few, many = (_step_seconds(most, device, blocks, 0) for blocks in (_FEW, _MANY))
+    block = max(0.0, (many - few) / (_MANY - _FEW) / counts[1])
+    if cuda:
+        steps = [_step_seconds(model, device, _FEW, 1 << 30) for model in (fewest, most)]
+    else:
+        first = _step_seconds(fewest, device, _FEW, 0)
+        steps = [first - counts[0] * _FEW * block, few - counts[1] * _FEW * block]
+    layer = max(0.0, (steps[1] - steps[0]) / (counts[1] - counts[0]))
+    return HostSeconds(max(0.0, steps[1] - counts[1] * layer), layer, block)
+
+
+def _model(layers: int, device: torch.device, dtype: torch.dtype) -> Any:
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1 << 16,
     )  # fmt: skip
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    model.compile(backend=headinfer, options={"lowering": "inductor" if cuda else "eager"})
-    few, many = (_step_seconds(model, device, blocks, 0) for blocks in (_FEW, _MANY))
-    block = max(0.0, (many - few) / (_MANY - _FEW) / layers)
-    if cuda:
-        layer = _step_seconds(model, device, _FEW, 1 << 30) / layers
-    else:
-        layer = max(0.0, few / layers - _FEW * block)
-    return layer, block
+    lowering = "inductor" if device.type == "cuda" else "eager"
+    model.compile(backend=headinfer, options={"lowering": lowering})
+    return model
 
 
 def _step_seconds(model: Any, device: torch.device, blocks: int, gpu_budget: int) -> float:

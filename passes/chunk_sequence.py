@@ -23,6 +23,10 @@ result is waited for and joined last::
     a3 = headinfer.merge_host(handle, a2[0], a2[1], w[0], w[1], spec, 0, 0)
 
 In one-query decode on CUDA one kernel attends the tail and all resident blocks (span ``RESIDENT``).
+Where that is all there is, what it makes is the result, and ``out`` is not made::
+
+    a = headinfer.attend_resident(handle, layer, q, spec, APPEND, False)
+    g0 = a[0]
 
 Past and new tokens are always apart: over the past the mask is full (or a band), over the new
 tokens it is a square. New tokens come first: they need no transfer, so transfers hide behind them.
@@ -76,10 +80,16 @@ def spans(key: PlanKey, chunk: int) -> list[int]:
     return found + list(range(key.resident + key.host)) + on_cpu
 
 
+def is_direct(key: PlanKey) -> bool:
+    """Whether one op makes the whole result."""
+    return key.groups == key.chunks == 1 and spans(key, 0) == [RESIDENT]
+
+
 def run(gm: GraphModule, ctx: PlanContext) -> GraphModule:
     """Replace every ``group_site`` by attends over its spans."""
     graph = gm.graph
     inputs = inputs_of(graph)
+    (made,) = nodes_of(graph, torch.ops.headinfer.output.default)
     result = _attend_host(graph, ctx.key, inputs) if ctx.key.cpu else None
     for site in nodes_of(graph, group_site):
         out = site.args[0]
@@ -89,6 +99,8 @@ def run(gm: GraphModule, ctx: PlanContext) -> GraphModule:
                 out = _attend_chunk(graph, ctx.key, inputs, site, out, chunk, result)
         site.replace_all_uses_with(out)
         graph.erase_node(site)
+    if is_direct(ctx.key):
+        graph.erase_node(made)
     return gm
 
 
@@ -130,6 +142,8 @@ def _attend_chunk(
             )
         acc = _unpack(graph, attend, site, SpanInfo(group, chunk, span))
     assert acc is not None
+    if is_direct(key):
+        return acc[0]
     store = torch.ops.headinfer.store.default
     return copy_meta(
         graph.call_function(store, (handle, out, acc[0], key.spec, group, chunk)), site

@@ -13,7 +13,7 @@ Rules:
 2. A slot is refilled only after its release, which the prefetch names, and h2d waits for it.
 3. A transfer brings the head group and block that its reader attends.
 4. Every head group and query chunk attends each of its spans once, with the inputs of the site,
-   and is stored once into the result.
+   and is stored once into the result; where one op attends all of them, it makes the result.
 5. Each piece is packed once; each that belongs on the host is offloaded once, after its pack and
    from the staging buffer that still holds it; a staging buffer is packed again only after its
    D2H, the tail is appended to only after the D2H of what it held.
@@ -43,7 +43,7 @@ from collections import Counter
 import torch
 from torch.fx import GraphModule, Node
 
-from headinfer_compile.passes.chunk_sequence import spans
+from headinfer_compile.passes.chunk_sequence import is_direct, spans
 from headinfer_compile.passes.happens_before import (
     COMPUTE,
     CPU,
@@ -156,6 +156,11 @@ def _leave(state: State, node: Node, prologue: bool) -> None:
     if not isinstance(returned, tuple) or len(returned) != key.num_slots + 1:
         raise not_proved(node, f"returns {returned}, not the result and {key.num_slots} tokens")
     out, *ring = returned
+    if not prologue and is_direct(key) and state.result is None:
+        attend = state.open.pop((0, 0), None)
+        if isinstance(out, Node) and attend is not None and state.item(out, 0) is attend:
+            state.stored.add((0, 0))
+            state.result = out
     if out is not state.result:
         raise not_proved(node, f"returns {out}, which is not the finished result")
     base = 0 if prologue else len(key.transfers())

@@ -7,8 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headinfer_compile.runtime.triton_launch import Launcher
 
-@triton.jit(do_not_specialize=["k_batch", "k_head", "v_batch", "v_head"])
+
+@triton.jit(
+    do_not_specialize=[
+        "k_batch", "k_head", "v_batch", "v_head", "tail_head", "tail_k_batch", "tail_v_batch",
+    ]
+)  # fmt: skip
 def _append_kernel(
     k_ptr,
     v_ptr,
@@ -39,6 +45,9 @@ def _append_kernel(
     )
 
 
+_append = Launcher(_append_kernel)
+
+
 def append_row(k: Tensor, v: Tensor, tail: tuple[Tensor, Tensor], row: Tensor) -> None:
     """Write the K and V of one token.
 
@@ -50,22 +59,18 @@ def append_row(k: Tensor, v: Tensor, tail: tuple[Tensor, Tensor], row: Tensor) -
     """
     batch, heads, _, dim = k.shape
     v_dim = v.shape[3]
-    _append_kernel[(heads, batch)](
-        k,
-        v,
-        tail[0],
-        tail[1],
-        row,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        tail[0].stride(0),
-        tail[0].stride(1),
-        tail[1].stride(1),
-        D=dim,
-        D_PAD=triton.next_power_of_2(dim),
-        DV=v_dim,
-        DV_PAD=triton.next_power_of_2(v_dim),
+    _append(
+        (heads, batch),
+        (k, v, *tail, row),
+        (
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            tail[0].stride(0),
+            tail[0].stride(1),
+            tail[1].stride(1),
+        ),
+        (dim, triton.next_power_of_2(dim), v_dim, triton.next_power_of_2(v_dim)),
         num_warps=1,
     )

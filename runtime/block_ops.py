@@ -13,7 +13,7 @@ from headinfer_compile.runtime.merge import fold_sinks, merge_
 from headinfer_compile.runtime.rows import attend_shared
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.spec import SiteSpec
-from headinfer_compile.runtime.step import NEW, NEW_PREFIX, TAIL, Step
+from headinfer_compile.runtime.step import NEW, NEW_PREFIX, TAIL, Step, UnmaskedAttend
 
 
 def output(session: Session, q: torch.Tensor, spec: int) -> torch.Tensor:
@@ -112,20 +112,43 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     step, spec = session.step, session.specs[spec_index]
     assert step is not None
+    padding = spec.mask.padding
+    place = (spec_index, group, chunk, span, None if padding is None else id(masks[padding]))
+    known = step.unmasked.get(place)
+    if known is not None:
+        if known.queries is not None:
+            q = q[known.queries]
+        if known.keys is not None:
+            k, v = k[known.keys], v[known.keys]
+        return known.kernel.run(
+            q, k, v, scale=spec.scale, causal=known.causal, mask=None, soft_cap=spec.soft_cap
+        )
     queries = step.query_range(spec_index, chunk)
     keys = _span(session, spec, step, span, queries)
     kv_heads, q_heads = _head_range(session, spec, group)
-    q = q[:, q_heads, queries[0] : queries[1]]
-    if span < 0:
-        k, v = k[:, kv_heads], v[:, kv_heads]
-        if span != TAIL:
-            low, high = keys[0] - step.past, keys[1] - step.past
-            k, v = k[:, :, low:high], v[:, :, low:high]
+    all_heads = q_heads == slice(0, spec.num_heads)
+    whole = (slice(None), q_heads, slice(*queries))
+    of_q = None if all_heads and queries == (0, step.new) else whole
+    of_kv: tuple[slice, ...] | None = None
+    if span == TAIL:
+        of_kv = None if all_heads else (slice(None), kv_heads)
+    elif span < 0:
+        low, high = keys[0] - step.past, keys[1] - step.past
+        some = (slice(None), kv_heads, slice(low, high))
+        of_kv = None if all_heads and (low, high) == (0, step.new) else some
+    if of_q is not None:
+        q = q[of_q]
+    if of_kv is not None:
+        k, v = k[of_kv], v[of_kv]
     causal, mask = _mask(spec, step, masks, keys, queries, span, q.device)
     if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
         mask = mask[:, q_heads]
     rows = keys[1] - keys[0]
     fixed = step.regular and span != TAIL and step.is_common_length(rows)
+    shared = span >= 0 and session.kv_blocks(spec)[span].batch_rows != tuple(range(q.shape[0]))
+    if mask is None and spec.expand is None and not shared:
+        kernel = _kernel(session, spec, q, k, causal, False, fixed)
+        step.unmasked[place] = UnmaskedAttend(of_q, of_kv, causal, kernel)
 
     def run(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None
@@ -151,10 +174,8 @@ def _attend(
             run, spec.expand, masks, q, k, v, causal=causal, mask=mask, rows=piece
         )
 
-    if span >= 0:
-        batch_rows = session.kv_blocks(spec)[span].batch_rows
-        if batch_rows != tuple(range(k.shape[0])):
-            return attend_shared(batch_rows, q, k, v, mask, attend)
+    if shared:
+        return attend_shared(session.kv_blocks(spec)[span].batch_rows, q, k, v, mask, attend)
     return attend(q, k, v, mask)
 
 
@@ -223,6 +244,8 @@ def store(
     """Write a finished accumulator into its heads and queries of the result."""
     step = session.step
     assert step is not None
+    if acc.shape == out.shape:
+        return out.copy_(acc)
     _, heads = _head_range(session, session.specs[spec], group)
     low, high = step.query_range(spec, chunk)
     out[:, heads, low:high].copy_(acc)

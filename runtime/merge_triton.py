@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headinfer_compile.runtime.triton_launch import Launcher
+
 _TILE = 2048
 """Elements of the output that one program merges: 16 for each of its 128 threads."""
 
@@ -81,6 +83,9 @@ def _merge_kernel(
     tl.store(lse_at, top + tl.log(total), mask=live)
 
 
+_merge = Launcher(_merge_kernel, specialized=slice(2, 8))
+
+
 def launch(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Merge in place on the current stream; ``out`` and ``other`` are contiguous in Dv."""
     if out.get_device() != torch.cuda.current_device():
@@ -91,18 +96,16 @@ def launch(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     batch, num_heads, n, dim = out.shape
     dim_pow2 = triton.next_power_of_2(dim)
     rows = max(1, _TILE // dim_pow2)
-    _merge_kernel[(-(-n // rows), batch * num_heads)](
-        out,
-        lse,
-        other,
-        other_lse,
-        num_heads,
-        n,
-        *out.stride()[:3],
-        *other.stride()[:3],
-        *lse.stride(),
-        *other_lse.stride(),
-        DIM=dim,
-        DIM_POW2=dim_pow2,
-        ROWS=rows,
+    _merge(
+        (-(-n // rows), batch * num_heads),
+        (out, lse, other, other_lse),
+        (
+            num_heads,
+            n,
+            *out.stride()[:3],
+            *other.stride()[:3],
+            *lse.stride(),
+            *other_lse.stride(),
+        ),
+        (dim, dim_pow2, rows),
     )

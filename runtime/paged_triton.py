@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headinfer_compile.runtime.triton_launch import Launcher
+
 _TILE = 32
 _LOG2_E = 1.4426950408889634
 _PROGRAMS_PER_SM = 2
@@ -158,6 +160,9 @@ def _join_kernel(
     tl.store(lse_ptr + row, (top + tl.log2(norm)) * 0.6931471805599453)
 
 
+_split, _join = Launcher(_split_kernel), Launcher(_join_kernel)
+
+
 @functools.cache
 def _splits(device: torch.device, pairs: int) -> int:
     programs = _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
@@ -201,36 +206,38 @@ def attend_paged(
     lse = q.new_empty((batch, heads, 1), dtype=torch.float32)
     # tl.dot takes no dimension below 16: narrower heads are padded by its masks.
     v_pad = max(16, triton.next_power_of_2(v_head_dim))
-    _split_kernel[(splits, pairs)](
-        q,
-        addresses,
-        capacity,
-        rows,
-        rows if visible is None else visible,
-        part,
-        part_lse,
-        scale * _LOG2_E,
-        addresses.shape[0],
-        q.stride(0),
-        q.stride(1),
-        0 if visible is None else visible.stride(0),
-        MASKED=visible is not None,
-        BATCH=batch,
-        HEADS=num_kv_heads,
-        G=group,
-        G_PAD=max(16, triton.next_power_of_2(group)),
-        D=dim,
-        D_PAD=max(16, triton.next_power_of_2(dim)),
-        DV=v_head_dim,
-        DV_PAD=v_pad,
-        BLOCKS=max(16, triton.next_power_of_2(addresses.shape[0])),
-        TILE=_TILE,
-        SPLITS=splits,
+    _split(
+        (splits, pairs),
+        (q, addresses, capacity, rows, rows if visible is None else visible, part, part_lse),
+        (
+            scale * _LOG2_E,
+            addresses.shape[0],
+            q.stride(0),
+            q.stride(1),
+            0 if visible is None else visible.stride(0),
+        ),
+        (
+            visible is not None,
+            batch,
+            num_kv_heads,
+            group,
+            max(16, triton.next_power_of_2(group)),
+            dim,
+            max(16, triton.next_power_of_2(dim)),
+            v_head_dim,
+            v_pad,
+            max(16, triton.next_power_of_2(addresses.shape[0])),
+            _TILE,
+            splits,
+        ),
         num_warps=_NUM_WARPS,
         num_stages=_NUM_STAGES,
     )
     join_tile = min(_JOIN_TILE, v_pad)
-    _join_kernel[(batch * heads, triton.cdiv(v_head_dim, join_tile))](
-        part, part_lse, out, lse, G=group, DV=v_head_dim, DV_TILE=join_tile, SPLITS=splits
+    _join(
+        (batch * heads, triton.cdiv(v_head_dim, join_tile)),
+        (part, part_lse, out, lse),
+        (),
+        (group, v_head_dim, join_tile, splits),
     )
     return out, lse

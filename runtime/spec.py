@@ -5,6 +5,8 @@ Legend: B batch, L layers, Hq query heads, Hkv KV heads, D head dim of K, Dv hea
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,6 +82,14 @@ class SiteSpec:
     def queries_per_kv(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        # Asked for several times a site; that of a mask form takes 10 us.
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
 
 def kv_views(

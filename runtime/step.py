@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from headinfer_compile.runtime.attention import Kernel
 from headinfer_compile.runtime.masks import visible_range
 from headinfer_compile.runtime.pages import TokenBlock
 from headinfer_compile.runtime.rows import Rows, on_host
@@ -66,12 +68,29 @@ class KVBlock:
     batch_rows: Rows
     """The row of the block's K and V that each batch row reads."""
 
-    @property
+    @functools.cached_property
+    def batch(self) -> int:
+        """Batch rows of K and V."""
+        return len(set(self.batch_rows))
+
+    @functools.cached_property
     def tag(self) -> tuple[object, ...]:
         """What a slot filled from this block holds, apart from layer and heads."""
         return tuple(
             (block.index, block.version, rows, block.stored_rows) for block, rows in self.pages
         )
+
+
+@dataclass(frozen=True)
+class UnmaskedAttend:
+    """How the sites of one class attend a span that needs no mask tensor."""
+
+    queries: tuple[slice, ...] | None
+    """Of q, where it is not all of it."""
+    keys: tuple[slice, ...] | None
+    """Of k and v."""
+    causal: bool
+    kernel: Kernel
 
 
 @dataclass
@@ -99,6 +118,8 @@ class Step:
     padding: dict[int, bool] = field(default_factory=dict)
     """By id of a padding mask: whether any visible column is masked."""
     blocks: dict[SiteSpec, tuple[KVBlock, ...]] = field(default_factory=dict)
+    unmasked: dict[tuple[int | None, ...], UnmaskedAttend] = field(default_factory=dict)
+    """By spec, head group, query chunk, span and id of the padding mask, for all layers."""
     paged: bool = False
     """The device tables of ``runtime/paged.py`` are filled for this step."""
     eager_layers: set[int] = field(default_factory=set)

@@ -51,7 +51,6 @@ def pack(session: Session, layer: int, k: torch.Tensor, v: torch.Tensor, piece: 
     """Put new rows where D2H or attention finds them; returns a token for ``tail``/``offload``."""
     step, streams = session.step, session.streams
     assert step is not None
-    new = _heads_first((k, v))
     tail = session.tail
     if piece == APPEND:
         if step.tail_rows == 0:
@@ -61,10 +60,11 @@ def pack(session: Session, layer: int, k: torch.Tensor, v: torch.Tensor, piece: 
 
             append_row(k, v, tail.layers[layer], session.paged_tables().new_row)
             return APPEND
+        new = _heads_first((k, v))
         _assign(_rows(tail.layers[layer], step.tail_rows, step.tail_rows + step.new), new)
         return APPEND
     part = step.pieces[piece]
-    source = tail.layers[layer] if part.source == "tail" else new
+    source = tail.layers[layer] if part.source == "tail" else _heads_first((k, v))
     source = _rows(source, part.start, part.start + part.rows)
     readers = first_readers(step.groups)
     if step.unequal is not None:
@@ -165,17 +165,18 @@ def prefetch(
     transfer, target = ring.acquire(index, after, (layer, heads.start, heads.stop, kv_block.tag))
     streams.wait(target.freed, "h2d")
     streams.wait(session.written_event(layer), "h2d")
-    batch = len(set(kv_block.batch_rows))
+    batch = kv_block.batch
     views = ring.view(index, heads.stop - heads.start, batch, kv_block.rows)
     raw = streams.raw("h2d") if streams.is_cuda else None
     with streams.on("h2d"):
         at = 0
         for token_block, rows in kv_block.pages:
             k, v = token_block.pages[layer]
-            source = (k[heads, :, :rows], v[heads, :, :rows])
+            if rows < k.shape[2] or heads.stop - heads.start < k.shape[0]:
+                k, v = k[heads, :, :rows], v[heads, :, :rows]
             session.counters.h2d_bytes += _copy_rows(
-                _rows(views, at, at + rows),
-                source,
+                views if rows == kv_block.rows else _rows(views, at, at + rows),
+                (k, v),
                 tuple(range(batch)),
                 token_block.stored_rows,
                 raw,

@@ -62,8 +62,13 @@ def test_family_on_a_gpu(family: Family, seed: int, budget: int) -> None:
 @pytest.mark.parametrize("name", ["Llama 3", "gpt-oss", "Gemma 2"])
 def test_the_decode_kernel_serves_plain_sites_only(name: str, seed: int) -> None:
     (family,) = (family for family in FAMILIES if family.name == name)
-    calls = check(family, "cuda", seed, 1 << 30).stats().op_calls
-    assert ("attend_resident" in calls) == (name == "Llama 3")
+    cache = check(family, "cuda", seed, 1 << 30)
+    # Where transformers takes sdpa for Gemma 2, it leaves the soft cap out.
+    plain = [
+        spec.soft_cap is spec.sinks is spec.mask.window is None for spec in cache.session.specs
+    ]
+    assert name == "Gemma 2" or any(plain) == (name == "Llama 3")
+    assert ("attend_resident" in cache.stats().op_calls) == any(plain)
 
 
 @pytest.mark.slow

@@ -33,6 +33,10 @@ def arguments(node: Node, **changes: object) -> Node:
     return node
 
 
+def arguments_of_item(node: Node, index: int) -> None:
+    node.update_arg(1, index)
+
+
 def swap_ring(gm: GraphModule) -> None:
     output = list(gm.graph.nodes)[-1]
     (out, first, second, *rest) = output.args[0]
@@ -73,8 +77,14 @@ TWO = plan_key(host=2, distance=0)
 AHEAD = plan_key(host=3, following=True)
 PIECES = plan_key(host=0, pieces=(HOST, HOST, HOST))
 FLUSHING = decode_key(host=1, pieces=FLUSH)
+DIRECT = decode_key(fused=True, resident=1, host=0)
 
 BREAKS = [
+    Break("the LSE as result", DIRECT,
+          lambda gm: arguments_of_item(given_as(gm, "getitem"), 1), r"which is not the finished"),
+    Break("the query as result", DIRECT,
+          lambda gm: given_as(gm, "getitem").replace_all_uses_with(given_as(gm, "q")),
+          r"returns q, which is not the finished result"),
     Break("dropped wait", TWO, lambda gm: remove(op(gm, "wait"), op(gm, "prefetch")),
           r"attend_merge\w*: .* are no K and V of a slot"),
     Break("second wait", TWO, lambda gm: arguments(op(gm, "wait", 1), transfer=op(gm, "prefetch")),
