@@ -88,7 +88,7 @@ def register_kernel(
     name: str, run: kernels.Run, device: torch.device, dtype: torch.dtype,
     one: kernels.Run | None = None,
 ) -> None:  # fmt: skip
-    """Register attention by ``run``, of single queries by ``one``, with transformers as ``name``."""
+    """Register attention by ``run``, of single queries by ``one``, as ``name`` of transformers."""
     many, one = make_attend(run, device, dtype), one or decode_kernel(device, dtype)
 
     def forward(
