@@ -173,7 +173,7 @@ def load_profile(max_age_seconds: float = _EXPIRY_SECONDS) -> MachineProfile | N
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning("%s cannot be used: %s", path, error)
+        log.warning("%s cannot be used: %s", path, str(error))  # the error holds its frames
         return None
     age = time.time() - profile.measured_at
     return profile if 0 <= age <= max_age_seconds else None

@@ -11,6 +11,7 @@ Legend: B batch, Hq query heads, n query tokens, D head dim of K, Dv of V.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 from collections import deque
 from functools import partial
@@ -64,6 +65,8 @@ class HostLane:
             self.result = torch.empty(out_size, dtype=torch.float32, device=device)
         self.asked = streams.new_event("host.asked")
         self.done = streams.new_event("host.done")
+        # Beside pages that are transferred, a copy of the result would wait for them.
+        self._pulls = pinned and importlib.util.find_spec("triton") is not None
         self.balances: dict[tuple[SiteSpec, int], Balance] = {}
         self.races = Races()
         self.issued = 0
@@ -191,13 +194,21 @@ class HostLane:
         with streams.on("cpu"):
             self.query_host[:size].copy_(self.query[:size], non_blocking=True)
             streams.call(self.kernel, job, partial(self._uses, size, results, layer, blocks))
-            self.result[:results].copy_(self.result_host[:results], non_blocking=True)
+            self._copy_up(self.result[:results], self.result_host[:results])
         streams.record(self.done, "cpu")
         if race is not None:
             streams.record(race.cpu_done, "cpu")
         self.issued += 1
         self._pending = (self.issued, shape, race)
         return self.issued
+
+    def _copy_up(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if not self._pulls:
+            target.copy_(source, non_blocking=True)
+            return
+        from headinfer_compile.runtime.pull_triton import pull
+
+        pull(target, source)  # the stream that is current makes its device current
 
     def _uses(
         self, size: int, results: int, layer: int, blocks: tuple[KVBlock, ...]

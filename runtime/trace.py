@@ -40,6 +40,9 @@ _COMPUTE_OPS = (
     "pack", "wait", "attend", "attend_merge", "attend_resident", "wait_host", "merge_host", "store"
 )  # fmt: skip
 
+_POOL = 2048
+"""Events made before the first step is timed: those of a step of 32 layers and 16 blocks each."""
+
 #: A point in time on a stream: a CUDA event, or nanoseconds of the host's clock.
 Mark = Any
 
@@ -152,7 +155,11 @@ class Timer:
         self.transfers: dict[int, Span] = {}
         self._last: Mark = None
         """The newest mark on compute."""
-        self._pool: list[torch.cuda.Event] = []
+        # A CUDA event is made when it is first recorded, which takes longer than the record.
+        count = _POOL if torch.cuda.is_available() else 0
+        self._pool = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        for event in self._pool:
+            event.record()
         self._resolved = 0
         self._zero_ns = time.perf_counter_ns()
         self._base: tuple[Mark, float] | None = None
@@ -171,16 +178,15 @@ class Timer:
             if torch.cuda.is_available() and streams is None:
                 return self._event_on_current()
             return time.perf_counter_ns()
-        event = self._pool.pop() if self._pool else self._new_event()
+        event = self._event()
         streams.record(event, role)
         return event
 
-    @staticmethod
-    def _new_event() -> torch.cuda.Event:
-        return torch.cuda.Event(enable_timing=True)
+    def _event(self) -> torch.cuda.Event:
+        return self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
 
     def _event_on_current(self) -> Mark:
-        event = self._pool.pop() if self._pool else self._new_event()
+        event = self._event()
         event.record()
         return event
 

@@ -30,6 +30,26 @@ def test_the_share_moves_until_both_finish_together(blocks: int, link: float, cp
     assert len({*times[-20:]}) == 1, "it does not come to rest"
 
 
+@pytest.mark.parametrize("cpu", [0.3, 0.55, 0.8])
+@pytest.mark.parametrize("blocks", [6, 16, 64])
+def test_transfers_ahead_do_not_look_like_a_late_cpu(blocks: int, cpu: float) -> None:
+    """While compute waits for the CPU, the link fills slots for the sites to come."""
+    link, dense, slots = 1.0, 0.5, 3
+
+    def site(count: int) -> tuple[float, float]:
+        sent, attended = (blocks - count) * link, count * cpu + dense
+        ahead = min(slots * link, max(0.0, attended - sent) * slots)
+        return max(sent, attended), sent - ahead - attended
+
+    balance, counts = Balance(), []
+    for _ in range(160):
+        counts.append(balance.count(blocks))
+        balance.update(blocks, counts[-1], [site(counts[-1])[1]] * 3, cpu, 0.6 * link)
+    best = min(site(count)[0] for count in range(blocks + 1))
+    assert site(counts[-1])[0] <= best + max(cpu, 0.1 * best)
+    assert len({*counts[-20:]}) == 1, "it does not come to rest"
+
+
 @pytest.mark.parametrize("blocks", [1, 4, 16, 64])
 def test_a_slow_cpu_is_left_out(blocks: int) -> None:
     balance, times = settle(1.0, 200.0, blocks)
