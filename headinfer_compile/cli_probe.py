@@ -82,6 +82,8 @@ def _table(profile: MachineProfile) -> Table:
     table.add_section()
     table.add_row("host time of a call", f"{rates.call_seconds * 1e6:,.0f} us")
     table.add_row("host time of a layer in decode", f"{rates.layer_seconds * 1e6:,.0f} us")
+    if rates.stream_seconds:
+        table.add_row("more of it where it streams", f"{rates.stream_seconds * 1e6:,.0f} us")
     table.add_row("host time of a streamed block", f"{rates.block_seconds * 1e6:,.0f} us")
     table.add_section()
     table.add_row("device memory, free", format_bytes(profile.gpu_free))

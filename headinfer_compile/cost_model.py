@@ -49,6 +49,7 @@ SYMBOLS = {
     "K_host": "of these in host blocks, counted once for each query chunk that streams them",
     "X": "pairs of new tokens that see each other, summed over layers",
     "J": "KV blocks merged, summed over layers",
+    "L_stream": "layers with streamed KV blocks",
     "U": "KV blocks streamed, summed over layers and head groups",
     "s_cpu": "share of the host KV that the CPU attends; 0 where it attends none",
     "F": "matrix operations a second",
@@ -60,6 +61,7 @@ SYMBOLS = {
     "dram": "host memory beside the link, bytes a second",
     "t_call": "host seconds of a call, its layers left out",
     "t_layer": "host seconds of a layer",
+    "t_stream": "more of them where KV blocks are streamed",
     "t_block": "host seconds of a streamed KV block",
 }
 
@@ -98,7 +100,9 @@ def formulas() -> Mapping[str, sympy.Expr]:
     found["prefill_link_seconds"] = Max(
         v["Hkv"] * row * v["K_host"] / v["link"], token * v["n"] / v["d2h"]
     )
-    found["prefill_host_seconds"] = v["t_call"] + v["L"] * v["t_layer"] + v["U"] * v["t_block"]
+    host = v["t_call"] + v["L"] * v["t_layer"] + v["L_stream"] * v["t_stream"]
+    host += v["U"] * v["t_block"]
+    found["prefill_host_seconds"] = host
     found["chunk_seconds"] = Max(
         found["prefill_matrices_seconds"]
         + found["prefill_attention_seconds"]
@@ -110,7 +114,7 @@ def formulas() -> Mapping[str, sympy.Expr]:
     found["decode_memory_seconds"] = (v["read"] + v["Hkv"] * row * v["K"]) / v["hbm"]
     found["decode_link_seconds"] = (1 - v["s_cpu"]) * streamed / v["link"]
     found["decode_cpu_seconds"] = v["s_cpu"] * streamed / v["dram"]
-    found["decode_host_seconds"] = v["t_call"] + v["L"] * v["t_layer"] + v["U"] * v["t_block"]
+    found["decode_host_seconds"] = host
     found["token_seconds"] = Max(
         found["decode_memory_seconds"],
         found["decode_link_seconds"],

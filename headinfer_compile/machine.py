@@ -57,6 +57,8 @@ class Rates:
     """Host time of a compiled call, what its layers take left out."""
     layer_seconds: float = 350e-6
     """Host time of a layer in decode: its region and its site."""
+    stream_seconds: float = 150e-6
+    """Host time that a layer takes more once any of its blocks is streamed."""
     block_seconds: float = 200e-6
     """Host time of a streamed KV block: prefetch, wait, attend, release."""
     assumed: tuple[str, ...] = ()

@@ -114,10 +114,11 @@ def chunk_values(
         "K_host_once": sum(streamed),
         "K_host": sum(rows * r for rows, r in zip(streamed, repeats, strict=True)),
         "X": pairs, "J": sum(-(-rows // slot) for rows in seen), "U": units,
-        "M": facts.matrix_elements, "M_head": facts.head_elements, "F": rates.matmul,
+        "L_stream": sum(rows > 0 for rows in streamed), "M": facts.matrix_elements,
+        "M_head": facts.head_elements, "F": rates.matmul,
         "A": rates.attention, "A_c": rates.causal, "hbm": rates.hbm, "link": rates.link(run),
         "d2h": rates.d2h[-1][1], "t_call": rates.call_seconds, "t_layer": rates.layer_seconds,
-        "t_block": rates.block_seconds,
+        "t_stream": rates.stream_seconds, "t_block": rates.block_seconds,
     }  # fmt: skip
 
 
@@ -134,7 +135,8 @@ def decode_of(facts: ModelFacts, machine: Machine, memory: Memory) -> Phase:
     units = math.ceil((1 - share) * blocks)
     found = {
         **values, "s_cpu": share, "L": facts.num_layers, "K": sum(seen),
-        "K_host": sum(streamed), "U": units, "read": facts.read_bytes,
+        "K_host": sum(streamed), "U": units, "L_stream": sum(rows > 0 for rows in streamed),
+        "read": facts.read_bytes, "t_stream": rates.stream_seconds,
         "hbm": rates.hbm, "link": rates.link(run),
         "dram": rates.dram_beside_link, "t_call": rates.call_seconds,
         "t_layer": rates.layer_seconds, "t_block": rates.block_seconds,

@@ -91,6 +91,7 @@ def probe() -> MachineProfile:
         attention_kernels=kernels,
         call_seconds=host.call,
         layer_seconds=host.layer,
+        stream_seconds=host.stream,
         block_seconds=host.block,
     )
     return MachineProfile(

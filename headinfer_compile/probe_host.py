@@ -19,7 +19,9 @@ from headinfer_compile.cache import HeadInferCache
 from headinfer_compile.cache_protocol import cache_argument
 
 _PAGE, _TAIL = 64, 64
-_STEPS = 24
+_STEPS, _ENOUGH = 24, 5
+_LONGEST = 2.0
+"""Seconds of steps after which ``_ENOUGH`` of them do."""
 _FEW, _MANY = 2, 34
 
 
@@ -30,6 +32,8 @@ class HostSeconds:
     call: float
     """What no layer takes: guards of Dynamo, the caller, embedding and head."""
     layer: float
+    stream: float
+    """More of it where any KV block is streamed."""
     block: float
     """A streamed KV block of all heads of a layer."""
 
@@ -48,13 +52,16 @@ def host_seconds(device: torch.device, dtype: torch.dtype) -> HostSeconds:
     fewest, most = (_model(layers, device, dtype) for layers in counts)
     few, many = (_step_seconds(most, device, blocks, 0) for blocks in (_FEW, _MANY))
     block = max(0.0, (many - few) / (_MANY - _FEW) / counts[1])
+    stream = 0.0
     if cuda:
         steps = [_step_seconds(model, device, _FEW, 1 << 30) for model in (fewest, most)]
+        stream = max(0.0, (few - steps[1]) / counts[1] - _FEW * block)
     else:
-        first = _step_seconds(fewest, device, _FEW, 0)
-        steps = [first - counts[0] * _FEW * block, few - counts[1] * _FEW * block]
+        # A CPU has no resident tier of its own: there every layer streams.
+        streamed = (_step_seconds(fewest, device, _FEW, 0), few)
+        steps = [t - count * _FEW * block for t, count in zip(streamed, counts, strict=True)]
     layer = max(0.0, (steps[1] - steps[0]) / (counts[1] - counts[0]))
-    return HostSeconds(max(0.0, steps[1] - counts[1] * layer), layer, block)
+    return HostSeconds(max(0.0, steps[1] - counts[1] * layer), layer, stream, block)
 
 
 def _model(layers: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -90,6 +97,8 @@ def _step_seconds(model: Any, device: torch.device, blocks: int, gpu_budget: int
                     torch.cuda.synchronize(device)
                 if step >= 4:
                     times.append(time.perf_counter() - start)
+                if len(times) >= _ENOUGH and sum(times) > _LONGEST:
+                    break
     return statistics.median(times)
 
 

@@ -170,14 +170,17 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
     }
     shares = {
         share: result("three_way", f"three_way/nvidia-h100-80gb-hbm3/llama-32/n131072/q1/{share}")
-        for share in ("0.6", "off")
+        for share in ("auto", "off")
     }
-    helped, alone = (shares[share]["step_ms"]["median"] for share in ("0.6", "off"))
+    helped, alone = (shares[share]["step_ms"]["median"] for share in ("auto", "off"))
     step = {
         (name, tokens): result("decode", f"{h100}/{name}/n{tokens}")["step_ms"]["median"]
         for name in ("headinfer:auto", "headinfer:auto:cuda_graphs=true")
         for tokens in (8192, 32768)
     }
+    lengths = {"8K": 8192, "128K": 131072, "512K": 524288}
+    memory = "memory/nvidia-h100-80gb-hbm3/llama-32/headinfer:0/n{}/c16384"
+    (fixed,) = {result("memory", memory.format(n))["allocated_bytes"] for n in lengths.values()}
     static = result("decode", f"{h100}/resident-compiled/n8192")["step_ms"]["median"]
     compiled = result("compile_time", "compile_time/cpu-x86-64-2-cores/smollm2-135m-all")
     bars = {bar: result("bars", bar)["measured"] for bar in ("B1a", "B1b", "B1c", "B3c", "B3d")}
@@ -194,6 +197,7 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
         f"{step[graphs, 8192]:.1f} and {step[graphs, 32768]:.1f} ms per token",
         f"({step[eager, 8192]:.1f} and {step[eager, 32768]:.1f} without)",
         f"CUDA graphs at 8K: {static:.1f}",
+        f"{fixed / 2**20:.0f} MiB at 8K, 128K and 512K tokens",
         f"{ours:,.0f} tokens/s: {ours / h100_rates['resident']:.2f} x the same model",
         f"{ported:.2f} x our port of HeadInfer's algorithm (H200)",
         f"{ours / h100_rates['hf-offloaded']:.2f} x transformers' offloaded",
