@@ -60,7 +60,10 @@ def host_seconds(device: torch.device, dtype: torch.dtype) -> HostSeconds:
         # A CPU has no resident tier of its own: there every layer streams.
         streamed = (_step_seconds(fewest, device, _FEW, 0), few)
         steps = [t - count * _FEW * block for t, count in zip(streamed, counts, strict=True)]
-    layer = max(0.0, (steps[1] - steps[0]) / (counts[1] - counts[0]))
+    layer = (steps[1] - steps[0]) / (counts[1] - counts[0])
+    if not 0 < layer * counts[1] < steps[1]:
+        # Noise: all of the step passes for that of its layers.
+        layer = (steps[1] if steps[1] > 0 else few) / counts[1]
     return HostSeconds(max(0.0, steps[1] - counts[1] * layer), layer, stream, block)
 
 
