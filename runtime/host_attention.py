@@ -256,7 +256,7 @@ def available_cores(cpus: frozenset[int] | None = None) -> int:
 def worker_threads(cores: int) -> int:
     """Threads for the kernel: an eighth of the cores stays for launches, the driver and the model.
 
-    On 16 cores beside the link, 15 threads attended a fifth faster than 12, and 16 slowed the copies.
+    On 16 cores beside the link, 15 threads were a fifth faster than 12, and 16 slowed the copies.
     """
     return max(1, cores - max(1, cores // 8))
 
