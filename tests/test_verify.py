@@ -270,6 +270,13 @@ def test_no_mutant_of_any_geometry_survives(key: PlanKey, seed: int) -> None:
         assert not check_mutants(schedule, False, Counter())
 
 
+def test_no_mutant_of_what_one_op_attends_survives() -> None:
+    for key in (DIRECT, replace(DIRECT, pieces=FLUSH, has_tail=True)):
+        counts: Counter[str] = Counter()
+        assert not check_mutants(build(key), False, counts)
+        assert counts["killed"] > 20
+
+
 @given(plan_keys(), st.data())
 @settings(max_examples=150, deadline=None)
 def test_a_schedule_is_refused_for_another_key_unless_it_is_that_keys_too(
