@@ -100,6 +100,21 @@ def test_options_reach_the_run(seed: int, tmp_path: Path) -> None:
     assert (tmp_path / "dump").stat().st_mode & 0o077 == 0
 
 
+def test_options_of_torch_compile_itself_are_left_to_it(seed: int) -> None:
+    """Guards of modules dropped, as docs/budgets.md tells: the same tokens, no graph more."""
+    m = CompiledModel(tiny_llama(seed))
+    ids, oracle = m.prompt(seed, 70, NEW)
+    cache = m.cache()
+    skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    model = compiled(m, options={"lowering": "eager", "guard_filter_fn": skip})
+    assert_same(generate(model, ids, cache, NEW), oracle)
+    m.assert_streamed(cache)
+    made = dynamo_graphs()
+    cache.reset()
+    assert_same(generate(model, ids, cache, NEW), oracle)
+    assert dynamo_graphs() == made > 0
+
+
 def test_inductor_lowering(seed: int) -> None:
     """The default lowering once: the other tests run the regions eagerly."""
     m = CompiledModel(tiny_llama(seed), lowering="inductor")
