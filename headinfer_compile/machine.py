@@ -171,7 +171,11 @@ def load_profile(max_age_seconds: float = _EXPIRY_SECONDS) -> MachineProfile | N
         if found.st_uid != os.getuid() or found.st_mode & 0o022:
             log.warning("%s is not this user's alone and is not used", path)
             return None
-        profile = profile_from_json(json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and data.get("version", _VERSION) != _VERSION:
+            log.info("%s is of another version of headinfer: `headinfer probe` renews it", path)
+            return None
+        profile = profile_from_json(data)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
