@@ -103,7 +103,10 @@ def _sampling(temperature: float, top_p: float | None, top_k: int | None) -> dic
     }
 
 
-def _report(console: Console, result: Generation, cache: HeadInferCache, same: bool | None) -> None:
+def _report(
+    console: Console, result: Generation, cache: HeadInferCache, same: bool | None,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     console.print(
         f"prompt {result.prompt_tokens:,} tokens, first token after "
         f"{result.first_token_seconds:.1f} s with compilation; then {len(result.tokens)} tokens at "
@@ -113,6 +116,11 @@ def _report(console: Console, result: Generation, cache: HeadInferCache, same: b
     if same is not None:
         verdict = "equal to" if same else "DIFFERENT from"
         console.print(f"check: the tokens are {verdict} those of the resident run")
+        if not same and dtype != torch.float32:
+            console.print(
+                f"       in {str(dtype).removeprefix('torch.')} sums in another order can tip "
+                "a near-tie, as between any two kernels: --dtype float32 compares without"
+            )
 
 
 def generate(
@@ -244,7 +252,7 @@ def generate(
             found.save(trace)
             console.print(f"time line of {len(found.steps)} steps: {trace}", soft_wrap=True)
         same = None if resident is None else resident.tokens == result.tokens
-        _report(console, result, cache, same)
+        _report(console, result, cache, same, network.dtype)
         if as_json:
             record = {
                 "model": model,

@@ -256,9 +256,11 @@ def test_a_wrapped_error_keeps_its_exit_code(
     assert capfd.readouterr().err == "error: no room\n"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_check_finds_a_difference(
-    tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+) -> None:  # fmt: skip
     runs = 0
 
     def perturb(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -270,8 +272,11 @@ def test_check_finds_a_difference(
         return run_generate(model, *args, **kwargs)
 
     monkeypatch.setattr("headinfer_compile.cli_generate.run_generate", perturb)
-    assert run(tiny_checkpoint, "--prompt", PROMPT, "--max-new-tokens", "8", "--check") == 1
-    assert "DIFFERENT" in capfd.readouterr().err
+    how = ("--max-new-tokens", "8", "--check", "--dtype", dtype)
+    assert run(tiny_checkpoint, "--prompt", PROMPT, *how) == 1
+    said = capfd.readouterr().err
+    assert "DIFFERENT" in said
+    assert ("--dtype float32" in said) == (dtype == "bfloat16")
 
 
 def test_generate_as_a_module_in_a_fresh_process(tiny_checkpoint: Path) -> None:
