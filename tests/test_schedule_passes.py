@@ -224,7 +224,11 @@ def test_any_geometry_pairs_its_transfers_and_leaves_the_ring_as_promised(key: P
         range(key.entry, total + len(key.next_transfers))
     )
     (out, *ring) = list(gm.graph.nodes)[-1].args[0]
-    assert out is ops_of(gm, "store")[-1] if not is_direct(key) else not ops_of(gm, "output")
+    if is_direct(key):
+        assert out.args == (*ops_of(gm, "attend_resident"), 0)
+        assert not ops_of(gm, "output")
+    else:
+        assert out is ops_of(gm, "store")[-1]
     assert ring[: len(ahead)] == ahead
     assert not set(ring[len(ahead) :]) & set(prefetches)
 
