@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck")
-_OURS = re.compile(r"\bat _(split|join|append|merge)_kernel\b")
+_OURS = re.compile(r"\bat _(split|join|append|merge|pull)_kernel\b")
 """Names of our kernels in a line of a report (``runtime/*_triton.py``)."""
 
 

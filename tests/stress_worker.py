@@ -29,6 +29,7 @@ PAGE_TOKENS = 32
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "two slots": ({"num_slots": 2}, 0),
     "some resident": ({"num_slots": 3, "head_group": 1}, 1),
+    "with the CPU": ({"num_slots": 2, "cpu_attention": 0.5}, 0),
 }
 #: New tokens of each call; negative: tokens to crop.
 CONVERSATION = (150, 150, 100, *[1] * 20, -30, 40, *[1] * 20)
@@ -121,6 +122,7 @@ def converse(
             digest.update(part.cpu().numpy().tobytes())
         stats = model.assert_streamed(cache)
         assert stats.resident_bytes == sizes["gpu_budget"]
+        assert (stats.cpu_bytes > 0) == ("cpu_attention" in options)
         if isinstance(cache.session.streams, SlowStreams):
             assert cache.session.streams.sleeps > len(calls)
     return digest.hexdigest()
