@@ -19,8 +19,8 @@
 #include <new>
 #include <vector>
 
+#include "host_attention_levels.h"
 #include "host_attention_pool.h"
-#include "host_attention_simd.h"
 
 namespace host_attention {
 
@@ -70,7 +70,7 @@ struct Work {
   const Job* job;
   Level level;
   std::vector<Piece> pieces;  // of one head and batch row
-  int64_t heads, rows, q_stride, out_stride;
+  int64_t heads, rows, pair_rows, q_stride, out_stride;
   float* q;
   uint16_t* q_pairs;
   float *out, *tops, *totals;  // partial results, [head, piece, row, ...]
@@ -112,6 +112,13 @@ std::vector<Piece> cut(const Job& job, int64_t heads, int64_t rows, int64_t out_
   return pieces;
 }
 
+// Where element d of a query row lies in q_pairs: in its row, or as tiles take it.
+int64_t pair_place(const Work& work, int64_t row, int64_t d) {
+  if (work.level != kAmx) return row * work.q_stride + d;
+  const int64_t head = row / work.rows * work.pair_rows * work.q_stride;
+  return head + tile_place(row % work.rows, d, work.q_stride);
+}
+
 void prepare(Work& work) {
   const Job& job = *work.job;
   const Numbers& n = job.n;
@@ -123,17 +130,19 @@ void prepare(Work& work) {
   work.pieces = cut(job, work.heads, work.rows, work.out_stride);
   const int64_t results = work.heads * static_cast<int64_t>(work.pieces.size()) * work.rows;
   const int64_t queries = work.heads * work.rows * work.q_stride;
-  const int64_t floats = queries + queries / 2 + results * (work.out_stride + 2);
+  work.pair_rows = work.level == kAmx ? round_up(work.rows, kTileRows) : work.rows;
+  const int64_t pairs = work.heads * work.pair_rows * work.q_stride / 2;  // floats
+  const int64_t floats = queries + pairs + results * (work.out_stride + 2);
   char* memory = job.pool->workspace(static_cast<size_t>(floats) * sizeof(float) + 64);
   memory += 64 - reinterpret_cast<uintptr_t>(memory) % 64;
   work.q = reinterpret_cast<float*>(memory);
   work.q_pairs = reinterpret_cast<uint16_t*>(work.q + queries);
-  work.out = work.q + queries + queries / 2;
+  work.out = work.q + queries + pairs;
   work.tops = work.out + results * work.out_stride;
   work.totals = work.tops + results;
   work.left = std::make_unique<std::atomic<int64_t>[]>(work.heads);
   for (int64_t i = 0; i < work.heads; ++i) work.left[i] = work.pieces.size();
-  std::memset(work.q, 0, (queries + queries / 2) * sizeof(float));
+  std::memset(work.q, 0, (queries + pairs) * sizeof(float));
   for (int64_t row = 0; row < work.heads * work.rows; ++row) {
     for (int64_t d = 0; d < n.head_dim; ++d) {
       const int64_t from = row * n.head_dim + d, to = row * work.q_stride + d;
@@ -142,7 +151,7 @@ void prepare(Work& work) {
       } else if (n.dtype == kBFloat16) {
         const bf16 value = reinterpret_cast<const bf16*>(n.q)[from];
         work.q[row * work.q_stride + place(work.level, d, n.head_dim)] = portable::widen(value);
-        work.q_pairs[to] = value.bits;
+        work.q_pairs[pair_place(work, row, d)] = value.bits;
       } else {
         work.q[to] = portable::widen(reinterpret_cast<const fp16*>(n.q)[from]);
       }
@@ -210,7 +219,7 @@ void do_task(void* state, int64_t index, int) {
   run.head_dim = n.head_dim;
   run.v_head_dim = n.v_head_dim;
   run.q = work.q + head * work.rows * work.q_stride;
-  run.q_pairs = work.q_pairs + head * work.rows * work.q_stride;
+  run.q_pairs = work.q_pairs + head * work.pair_rows * work.q_stride;
   run.q_stride = work.q_stride;
   run.query_rows = static_cast<int>(work.rows);
   run.queries = n.queries;

@@ -23,7 +23,7 @@ from headinfer_compile.runtime.numa import bind, num_cores
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What pages may hold."""
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction sets in rising order; a machine that runs one runs those before it."""
 
 _MESSAGES = {

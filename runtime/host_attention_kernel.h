@@ -241,6 +241,17 @@ HA_FN float soften(const Run& run, float* s, int rows, int first, float* top, fl
   return shrink;
 }
 
+// How many of the keys [at, at + rows) of a run a query row does not see: the first ones.
+HA_FN int hidden_keys(const Run& run, int row, int64_t at, int rows) {
+  if (run.starts == nullptr) return 0;
+  const int64_t first = run.starts[row % run.queries] - (run.position + at);
+  return first <= 0 ? 0 : first < rows ? static_cast<int>(first) : rows;
+}
+
+HA_FN void scale_row(float* o, int64_t stride, float by) {
+  for (int64_t c = 0; c < stride; c += kLanes) store(o + c, mul(load(o + c), set1(by)));
+}
+
 template <class T, int RB, bool Ahead>
 HA_FN void attend_block(const Run& run, int row, int64_t at, int rows, float* s) {
   const T* k = static_cast<const T*>(run.k) + at * run.head_dim;
@@ -254,17 +265,11 @@ HA_FN void attend_block(const Run& run, int row, int64_t at, int rows, float* s)
       P::queries(run) + row * run.q_stride, run.q_stride, k, run.head_dim, prefetched, rows, s);
   HA_UNROLL
   for (int r = 0; r < RB; ++r) {
-    int64_t first = 0;
-    if (run.starts != nullptr) first = run.starts[(row + r) % run.queries] - (run.position + at);
-    const int hidden = first <= 0 ? 0 : first < rows ? static_cast<int>(first) : rows;
+    const int hidden = hidden_keys(run, row + r, at, rows);
     float* o = run.out + (row + r) * run.out_stride;
     const float shrink =
         soften(run, s + r * kTile, rows, hidden, run.tops + row + r, run.totals + row + r);
-    if (shrink != 1.0f) {
-      for (int64_t c = 0; c < run.out_stride; c += kLanes) {
-        store(o + c, mul(load(o + c), set1(shrink)));
-      }
-    }
+    if (shrink != 1.0f) scale_row(o, run.out_stride, shrink);
   }
   weigh_all<T, RB, Ahead>(
       s, v, run.v_head_dim, rows, run.out + row * run.out_stride, run.out_stride,
@@ -291,14 +296,19 @@ HA_FN void attend_tile(const Run& run, int64_t at, int rows, float* s) {
   if (row < stop) attend_block<T, 1, false>(run, row, at, rows, s);
 }
 
-// Attend one run of rows; out, tops and totals are the partial result of this run.
-template <class T>
-HA_FN void attend_run_as(const Run& run) {
+// No row attended yet.
+HA_FN void clear(const Run& run) {
   for (int r = 0; r < run.query_rows; ++r) {
     run.tops[r] = -INFINITY;
     run.totals[r] = 0.0f;
   }
   std::memset(run.out, 0, sizeof(float) * run.query_rows * run.out_stride);
+}
+
+// Attend one run of rows; out, tops and totals are the partial result of this run.
+template <class T>
+HA_FN void attend_run_as(const Run& run) {
+  clear(run);
   alignas(64) float s[4 * kTile];
   for (int64_t at = 0; at < run.rows; at += kTile) {
     const int rows = static_cast<int>(run.rows - at < kTile ? run.rows - at : kTile);

@@ -40,19 +40,25 @@ SHAPES = [
     (1, 1, 2, 33, 256, 256),
     (1, 1, 1, 64, 64, 128),
     (1, 2, 5, 1, 37, 19),
+    (2, 2, 5, 4, 128, 96),
     (1, 1, 1, 1, 3, 5),
 ]
 #: Tokens of each page and valid rows; ragged at both ends of a tile.
 PAGES = [(64, 64), (700, 613), (128, 77), (16, 3)]
 
 
-@pytest.fixture(scope="module", params=range(len(LEVELS)), ids=LEVELS)
+EMULATED = "amx, emulated"
+
+
+@pytest.fixture(scope="module", params=[*LEVELS, EMULATED])
 def kernel(request: pytest.FixtureRequest) -> Iterator[HostKernel]:
-    """The kernel with two threads, at each level that this machine runs."""
-    made = host_kernel(2, request.param)
+    """The kernel with two threads, at each level that this machine runs; tiles also emulated."""
+    name = request.param
+    level = LEVELS.index("amx" if name == EMULATED else name)
+    made = host_kernel(2, level, ("-DHA_AMX_EMULATE",) if name == EMULATED else ())
     assert made is not None, "the tests need a C++ compiler"
-    if request.param > made.best_level:
-        pytest.skip(f"this machine has no {LEVELS[request.param]}")
+    if level > made.best_level:
+        pytest.skip(f"this machine has no {name}")
     yield made
     made.close()
 
