@@ -1,11 +1,13 @@
 // Attention over bf16 pages by products of tiles (Intel AMX): what a core computes in a cycle is an
 // order of magnitude more than with vectors, so that many query rows cost hardly more than one.
 //
-// A tile is 16 rows of 64 bytes. Scores are K (16 keys x 32 elements, as they lie) times q (pairs of
-// elements by query row, `tile_place`), a tile of [key, query row]. The weighted sum is p times V,
-// for which pairs of V's rows are interleaved once a block of keys. p is the sum of two bf16 numbers,
-// so it keeps 16 bits; all products are exact and their sums in fp32.
+// A tile is 16 rows of 64 bytes. Scores are K (16 keys x 32 elements, as they lie) times q (pairs
+// of elements by query row, `tile_place`), a tile of [key, query row]. The weighted sum is p times
+// V, for which pairs of V's rows are interleaved once a block of keys. p is the sum of two bf16
+// numbers, so it keeps 16 bits; all products are exact and their sums in fp32.
 #pragma once
+
+#include <algorithm>
 
 #include "host_attention_simd.h"
 
@@ -16,10 +18,10 @@
 
 namespace host_attention {
 
-constexpr int64_t kTileRows = 16;
+constexpr int kTileRows = 16;
 
-// Where element d of query row `row` of a head lies in the q of tiles: blocks of 16 rows, in each the
-// pairs of elements, of each pair the rows.
+// Where element d of query row `row` of a head lies in the q of tiles: blocks of 16 rows, in each
+// the pairs of elements, of each pair the rows.
 inline int64_t tile_place(int64_t row, int64_t d, int64_t q_stride) {
   return (row / kTileRows * (q_stride / 2) + d / 2) * 2 * kTileRows + row % kTileRows * 2 + d % 2;
 }
@@ -113,22 +115,25 @@ using avx512::F;
 using avx512::kLanes;
 using avx512::kTile;
 
-constexpr int kDepth = 32;        // bf16 of a row of a tile
-constexpr int kLine = 64;         // bytes of it, and of a line of the cache
-constexpr int kLargestV = 256;    // width of V whose block fits the first-level cache
+constexpr int kDepth = 32;      // bf16 of a row of a tile
+constexpr int kLine = 64;       // bytes of it, and of a line of the cache
+constexpr int kLargestV = 256;  // width of V whose block fits the first-level cache
 constexpr int kSteps = kTile / kDepth;
 static_assert(kTile % kDepth == 0, "whole tiles");
 
 // Tiles of scores, of K, and of q and V; of results, and both parts of p.
-constexpr int kS0 = 0, kS1 = 1, kK = 2, kQ = 3, kV0 = 2, kV1 = 3, kO0 = 4, kO1 = 5, kHigh = 6, kLow = 7;
+constexpr int kS0 = 0, kS1 = 1, kK = 2, kQ = 3;
+constexpr int kV0 = 2, kV1 = 3, kO0 = 4, kO1 = 5, kHigh = 6, kLow = 7;
 
+// As many query rows as vectors serve in one pass are left to them: reading K and V is then most of
+// the work, and there the vectors were as fast.
 inline bool takes(const Run& run) {
-  return run.dtype == kBFloat16 && run.head_dim % kDepth == 0 && run.v_head_dim % kDepth == 0 &&
-         run.v_head_dim <= kLargestV;
+  return run.query_rows > HA_AMX_ABOVE && run.dtype == kBFloat16 && run.head_dim % kDepth == 0 &&
+         run.v_head_dim % kDepth == 0 && run.v_head_dim <= kLargestV;
 }
 
-// What of the next keys and values is not yet on its way; some more at each step of a block, so that
-// memory has as much to do all along.
+// What of the next keys and values is not yet on its way; some more at each step of a block, so
+// that memory has as much to do all along.
 struct Ahead {
   const char *at, *stop, *then, *then_stop;
   int lines;  // at each step
@@ -137,11 +142,11 @@ struct Ahead {
     const int64_t k_bytes = kTile * run.head_dim * 2, v_bytes = kTile * run.v_head_dim * 2;
     const char* k = static_cast<const char*>(run.k) + row * run.head_dim * 2 + HA_PREFETCH_BYTES;
     const char* v = static_cast<const char*>(run.v) + row * run.v_head_dim * 2 + HA_PREFETCH_BYTES;
-    const int64_t all = (k_bytes + v_bytes) / kLine;
+    const int64_t all = (k_bytes + v_bytes) / HA_PREFETCH_STRIDE;
     return {k, k + k_bytes, v, v + v_bytes, static_cast<int>((all + steps - 1) / steps)};
   }
   HA_FN void step(Ahead& ahead) {
-    for (int line = 0; line < ahead.lines; ++line, ahead.at += kLine) {
+    for (int line = 0; line < ahead.lines; ++line, ahead.at += HA_PREFETCH_STRIDE) {
       if (ahead.at >= ahead.stop) {
         ahead.at = ahead.then;
         ahead.stop = ahead.then_stop;
@@ -172,7 +177,7 @@ HA_FN void score(const Run& run, const bf16* k, const uint16_t* q, float* s, Ahe
   }
 }
 
-// The 16 x 16 numbers at `from` with rows and columns exchanged; the first `count` rows are written.
+// The 16 x 16 numbers at `from`, rows and columns exchanged; the first `count` rows are written.
 HA_FN void transpose(const float* from, float* to, int64_t stride, int count) {
   F rows[16], half[16];
   HA_UNROLL
@@ -221,8 +226,8 @@ HA_FN void cut(const float* p, bf16* high, bf16* low) {
   }
 }
 
-// V of a block of keys as tiles: for each 32 columns the even and the odd ones, in each the pairs of
-// rows, [columns / 32, 2, keys / 32, 16, 16 pairs].
+// V of a block of keys as tiles: for each 32 columns the even and the odd ones, in each the pairs
+// of rows, [columns / 32, 2, keys / 32, 16, 16 pairs].
 HA_FN void interleave(const bf16* v, int64_t dim, uint32_t* to, Ahead& ahead) {
   const __mmask32 odd = 0xaaaaaaaa;
   for (int pair = 0; pair < kTile / 2; ++pair) {
@@ -239,7 +244,8 @@ HA_FN void interleave(const bf16* v, int64_t dim, uint32_t* to, Ahead& ahead) {
 
 // out += p V for the query rows that tiles are configured for.
 HA_FN void weigh(
-    const Run& run, const bf16* high, const bf16* low, const uint32_t* v, float* out, Ahead& ahead) {
+    const Run& run, const bf16* high, const bf16* low, const uint32_t* v, float* out,
+    Ahead& ahead) {
   const int64_t stride = run.out_stride * sizeof(float);
   for (int64_t d = 0; d < run.v_head_dim; d += kDepth, v += 2 * 8 * kTile) {
     tile_load<kO0>(out + d, stride);
@@ -284,14 +290,15 @@ HA_FN void set_rows(Config& config, int rows) {
 HA_FN void attend_block(const Run& run, int64_t at, Config& config, Scratch& work) {
   const bf16* k = static_cast<const bf16*>(run.k) + at * run.head_dim;
   const bf16* v = static_cast<const bf16*>(run.v) + at * run.v_head_dim;
-  const int first_rows = run.query_rows < kTileRows ? run.query_rows : static_cast<int>(kTileRows);
-  const int steps = static_cast<int>(
-      kTile / 32 * run.head_dim / kDepth + first_rows + kTile / 4 + kSteps * run.v_head_dim / kDepth);
-  Ahead ahead = Ahead::of(run, at, steps);
+  // Calls of `step` in the pass of the first query rows.
+  const int64_t steps = kTile / 32 * run.head_dim / kDepth + std::min(run.query_rows, kTileRows) +
+                        kTile / 4 + kSteps * run.v_head_dim / kDepth;
+  Ahead ahead = Ahead::of(run, at, static_cast<int>(steps));
   for (int row = 0; row < run.query_rows; row += kTileRows) {
-    const int left = run.query_rows - row, rows = left < kTileRows ? left : static_cast<int>(kTileRows);
+    const int rows = std::min(run.query_rows - row, kTileRows);
+    const uint16_t* q = static_cast<const uint16_t*>(run.q_pairs) + row * run.q_stride;
     set_rows(config, rows);
-    score(run, k, static_cast<const uint16_t*>(run.q_pairs) + row * run.q_stride, work.columns, ahead);
+    score(run, k, q, work.columns, ahead);
     for (int key = 0; key < kTile; key += 16) {
       transpose(work.columns + key * kTileRows, work.s + key, kTile, rows);
     }

@@ -88,10 +88,10 @@ using Products = Widened<T>;
 // Prefetches what lies ahead of elements [d, d + kPair) of a row, each line once.
 template <bool Ahead, class T>
 HA_FN void prefetch_pair(const T* row, int64_t d) {
-  constexpr int kBytes = kPair * sizeof(T);
-  if (!Ahead || (kBytes < 64 && d * sizeof(T) % 64 != 0)) return;
+  constexpr int kBytes = kPair * sizeof(T), kStride = HA_PREFETCH_STRIDE;
+  if (!Ahead || (kBytes < kStride && d * sizeof(T) % kStride != 0)) return;
   HA_UNROLL
-  for (int byte = 0; byte < kBytes; byte += 64) {
+  for (int byte = 0; byte < kBytes; byte += kStride) {
     prefetch(reinterpret_cast<const char*>(row + d) + byte + kPrefetchBytes);
   }
 }

@@ -25,8 +25,8 @@ inline int64_t place(Level level, int64_t d, int64_t dim) {
   return first + 2 * lanes > dim ? d : first + at / 2 + at % 2 * lanes;
 }
 
-// Whether the processor has tiles and the kernel lets this process use them: 8 KiB of state a thread
-// that Linux saves for those alone that asked for it (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+// Whether the processor has tiles and the kernel lets this process use them: 8 KiB of state a
+// thread that Linux saves for those alone that asked (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 inline bool have_tiles() {
 #if defined(HA_AMX_EMULATE)
   return true;
@@ -56,7 +56,7 @@ inline Level best_level() {
 #endif
 }
 
-// The level that is fastest: products of bf16 pairs take Intel's cores four micro-operations of two
+// The level that is fastest. Products of bf16 pairs take Intel's cores four micro-operations of two
 // cycles (LLVM's X86SchedSapphireRapids), twice the time of the same products in fp32.
 inline Level usual_level() {
   const Level best = best_level();

@@ -13,13 +13,20 @@
 #include <immintrin.h>
 #endif
 
-// What a tuning run may set: rows of a tile; how far ahead K and V are prefetched, and into which
-// cache (3: first level, 2: second, 0: past them, -1: not at all); tasks of a job.
+// What a tuning run may set: rows of a tile; how far ahead K and V are prefetched, one line of how
+// many bytes, and into which cache (3: first level, 2: second, 0: past them, -1: not at all); tasks
+// of a job; above how many query rows tiles (AMX) are taken where there are some.
 #ifndef HA_TILE
 #define HA_TILE 64
 #endif
 #ifndef HA_PREFETCH_BYTES
 #define HA_PREFETCH_BYTES 16384
+#endif
+#ifndef HA_PREFETCH_STRIDE
+#define HA_PREFETCH_STRIDE 64
+#endif
+#ifndef HA_AMX_ABOVE
+#define HA_AMX_ABOVE 4
 #endif
 #ifndef HA_TASKS
 #define HA_TASKS 512
