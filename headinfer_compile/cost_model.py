@@ -34,6 +34,7 @@ SYMBOLS = {
     "T_t": "tokens of the tail",
     "Q": "query tokens attended at once",
     "S_gpu": "tokens of resident blocks",
+    "S_freed": "of these, those that layers with a window had given up at the fullest, summed",
     "S_host": "tokens of host blocks",
     "S_past": "of these, tokens that layers with a window have given up, summed over layers",
     "weights": "bytes of the model",
@@ -73,7 +74,7 @@ def formulas() -> Mapping[str, sympy.Expr]:
     row = v["B"] * v["R"] * v["e"]
     token = v["L"] * v["Hkv"] * row
     found: dict[str, Any] = {"kv_bytes": token * v["S"]}
-    found["resident_bytes"] = token * v["S_gpu"]
+    found["resident_bytes"] = token * v["S_gpu"] - v["Hkv"] * row * v["S_freed"]
     found["host_bytes"] = token * v["S_host"] - v["Hkv"] * row * v["S_past"]
     found["slot_bytes"] = v["N"] * Max(v["g_p"] * v["T_p"], v["g_d"] * v["T_d"]) * row
     found["staging_bytes"] = 2 * v["T_s"] * v["Hkv"] * row

@@ -162,9 +162,14 @@ def memory_of(
         blocks.place(context, chunk)
     if not blocks.host_bytes:
         values["N"] = fixed["slot"] = 0
-    values["S_gpu"] = blocks.gpu_bytes // shape.token_bytes
+    values["S_gpu"] = blocks.gpu_tokens
+    # At the fullest: a layer with a window gives up more while the context grows.
+    resident = blocks.gpu_peak_bytes
+    values["S_freed"] = (
+        blocks.gpu_tokens * shape.token_bytes - resident
+    ) // shape.layer_token_bytes
     values["S_host"] = blocks.host_bytes // shape.token_bytes
-    needed = outside + sum(fixed.values()) + blocks.gpu_bytes + ALLOCATOR_SLACK_BYTES
+    needed = outside + sum(fixed.values()) + resident + ALLOCATOR_SLACK_BYTES
     # The host serves the layers of all cards.
     given_up = blocks.given_up_bytes(context)
     values["S_past"] = given_up // shape.layer_token_bytes
@@ -187,7 +192,7 @@ def memory_of(
         slot_bytes=fixed["slot"],
         staging_bytes=fixed["staging"],
         tail_bytes=fixed["tail"],
-        resident_bytes=blocks.gpu_bytes,
+        resident_bytes=resident,
         resident_budget=budget,
         gpu_bytes=int(evaluate("gpu_bytes", values)) if machine.gpu_memory else 0,
         gpu_needed=needed if machine.gpu_memory else 0,

@@ -9,7 +9,7 @@ Result::
 
 Requires: an empty graph.
 Ensures: every input that later passes use exists; the ring passes through unchanged.
-Declines when: never. The placement itself is the byte-budget policy of ``runtime/pages.py``:
+Declines when: never. The placement itself is the byte-budget policy of ``runtime/block_plan.py``:
 blocks stay on the GPU while ``gpu_budget`` holds them, later ones go to the host.
 """
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from headinfer_compile.runtime.budget import refusing
-from headinfer_compile.runtime.pages import TokenBlock
 from headinfer_compile.runtime.rows import (
     Rows,
     canonical,
@@ -24,6 +23,7 @@ from headinfer_compile.runtime.rows import (
 )
 from headinfer_compile.runtime.spec import Geometry
 from headinfer_compile.runtime.staging import Tail
+from headinfer_compile.runtime.token_block import TokenBlock
 
 if TYPE_CHECKING:
     from headinfer_compile.runtime.session import Session

@@ -205,7 +205,7 @@ def attend_resident(
     tables, site = session.paged_tables(), session.specs[spec]
     return attend_paged(
         q,
-        tables.addresses[layer],
+        tables.of(layer),
         tables.capacity,
         tables.rows,
         tables.visible,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -48,6 +49,11 @@ class BlockPlan:
     capacity: int = 0
     """Tokens that the blocks hold so far."""
     gpu_bytes: int = 0
+    """Of resident blocks, without what layers with a window have given up of them."""
+    gpu_peak_bytes: int = 0
+    """The most that ``gpu_bytes`` has been."""
+    gpu_tokens: int = 0
+    """Tokens of resident blocks."""
     host_bytes: int = 0
     count: int = 0
     """Blocks so far."""
@@ -61,6 +67,10 @@ class BlockPlan:
     """Tokens of a prefill chunk; they are all kept until the next one."""
     host_runs: list[tuple[int, int, int]] = field(default_factory=list)
     """Host blocks in order: start of the first, tokens of each, how many of that length."""
+    gpu_runs: list[tuple[int, int]] = field(default_factory=list)
+    """Start and tokens of the resident blocks made by ``grow``."""
+    gpu_given_up: dict[int, int] = field(default_factory=dict)
+    """By window, how many of these the layers have given up, the first ones."""
 
     @property
     def token_bytes(self) -> int:
@@ -68,6 +78,10 @@ class BlockPlan:
         if self.stored_bytes is not None:
             return self.stored_bytes
         return self.layer_token_bytes * self.num_layers
+
+    @property
+    def _layer_bytes(self) -> int:
+        return self.token_bytes // self.num_layers
 
     def tokens_of(self, index: int) -> int:
         """Tokens of block ``index`` where it is a page of the host."""
@@ -84,7 +98,10 @@ class BlockPlan:
             count = 0 if self.on_host else self._resident_tokens(tokens - self.capacity)
             tier: Tier = "gpu" if count else "host"
             if count:
+                self.gpu_runs.append((self.capacity, count))
+                self.gpu_tokens += count
                 self.gpu_bytes += count * self.token_bytes
+                self.gpu_peak_bytes = max(self.gpu_peak_bytes, self.gpu_bytes)
             else:
                 self.on_host = True
                 count = self.tokens_of(self.count)
@@ -103,6 +120,19 @@ class BlockPlan:
                 start, count = first, count + before
         self.host_runs.append((start, tokens, count))
 
+    def give_up(self, past: int) -> None:
+        """Let layers with a window give up what they do not see of resident blocks.
+
+        Args:
+            past: Tokens held before the call whose masks prove it; not fewer than the last time.
+        """
+        for window, layers in Counter(self.windows).items():
+            count, end = self.gpu_given_up.get(window, 0), first_kept(past, window)
+            while count < len(self.gpu_runs) and sum(self.gpu_runs[count]) <= end:
+                self.gpu_bytes -= self.gpu_runs[count][1] * layers * self._layer_bytes
+                count += 1
+            self.gpu_given_up[window] = count
+
     def given_up_bytes(self, tokens: int) -> int:
         """Bytes of host blocks that layers with a window have given up at ``tokens`` tokens."""
         given_up = 0
@@ -112,7 +142,7 @@ class BlockPlan:
                 size * min(count, max(0, end - start) // size)
                 for start, size, count in self.host_runs
             )
-        return given_up * (self.token_bytes // self.num_layers)
+        return given_up * self._layer_bytes
 
     def _resident_tokens(self, needed: int) -> int:
         """Tokens of a resident block, or 0 if the budget has no room for one."""
@@ -142,7 +172,7 @@ class BlockPlan:
     def _longest_kept(self, host_budget: int) -> int:
         def fits(tokens: int) -> bool:
             plan = copy.copy(self)
-            plan.host_runs = list(self.host_runs)
+            plan.host_runs, plan.gpu_runs = list(self.host_runs), list(self.gpu_runs)
             plan._grow_far(tokens)
             return plan.host_bytes - plan.given_up_bytes(tokens) <= host_budget
 
@@ -159,6 +189,7 @@ class BlockPlan:
         """Grow as a prefill of ``context`` tokens in chunks of ``chunk`` does."""
         end = 0
         while end < context and not self.on_host:
+            self.give_up(end)
             end = min(end + chunk, context)
             self.grow(end)
         self._grow_far(context)

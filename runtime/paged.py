@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from headinfer_compile.runtime.pages import TokenBlock
 from headinfer_compile.runtime.spec import Geometry
 from headinfer_compile.runtime.staging import Tail
+from headinfer_compile.runtime.token_block import TokenBlock, lacks_pages
 
 
 def is_supported(geometry: Geometry) -> bool:
@@ -31,8 +31,10 @@ class PagedTables:
 
     def __init__(self, geometry: Geometry, tail: Tail) -> None:
         self._geometry, self._tail = geometry, tail
-        self._blocks: list[int] | None = None
+        self._blocks: list[tuple[int, int, int]] | None = None
         self._rows: list[int] = []
+        self._lacking: set[int] = set()
+        """Layers that have given up what they do not see."""
         self.version = 0
         """Changes whenever the tensors below are other ones than before."""
         with torch.inference_mode(False):
@@ -66,7 +68,7 @@ class PagedTables:
             mask: Padding mask ``[B, kv]`` of which the tail's columns are applied, or None.
             first_column: Position of the tail's first row.
         """
-        if self._blocks != [block.index for block, _ in blocks]:
+        if self._blocks != [_memory_of(block) for block, _ in blocks]:
             self._rebuild([block for block, _ in blocks])
         rows = [*(count for _, count in blocks), tail_rows]
         for index, count in enumerate(rows):
@@ -84,10 +86,23 @@ class PagedTables:
             columns = mask[:, first_column : first_column + tail_rows]
             self._visible[:, :tail_rows].copy_(columns != 0)
 
+    def of(self, layer: int) -> torch.Tensor:
+        """Addresses for a layer, ``[blocks, 2]``.
+
+        Raises:
+            CacheError: It has given up pages of a block.
+        """
+        if layer in self._lacking:
+            raise lacks_pages(layer)
+        return self.addresses[layer]
+
     def _rebuild(self, blocks: Sequence[TokenBlock]) -> None:
         sources = [*(block.pages for block in blocks), self._tail.layers]
         addresses = [[[0, 0] for _ in sources] for _ in range(self._geometry.num_layers)]
-        for layer in self._geometry.layers:
+        self._lacking = {
+            layer for layer in self._geometry.layers if any(layer not in pages for pages in sources)
+        }
+        for layer in set(self._geometry.layers) - self._lacking:
             views = [pages[layer] for pages in sources]
             addresses[layer] = [[k.data_ptr(), v.data_ptr()] for k, v in views]
         capacity = [*(block.tokens for block in blocks), self._tail.tokens]
@@ -98,4 +113,10 @@ class PagedTables:
             self.rows = torch.zeros(len(capacity), dtype=torch.int32, device=device)
         self._rows = [0] * len(capacity)
         self.version += 1
-        self._blocks = [block.index for block in blocks]
+        self._blocks = [_memory_of(block) for block in blocks]
+
+
+def _memory_of(block: TokenBlock) -> tuple[int, int, int]:
+    """What tells one block's pages from another's: numbers of blocks are used again."""
+    page = next(iter(block.pages.values()), None)
+    return block.tokens, len(block.pages), 0 if page is None else page[0].data_ptr()

@@ -1,14 +1,11 @@
-"""Token blocks: the pages of all layers for a range of tokens, resident on the GPU or on the host.
+"""Token blocks of a cache, resident on the GPU or on the host: made, given up, cut and ended here.
 
-A page is K and V of one layer in one token block, ``[Hkv, 2, R, T, D]`` (``spec.kv_views``). Blocks
-are placed once and never move, grow or are copied again. Of R stored rows each batch row reads one
-(``rows.py``): reordering the batch changes maps, and no page is rewritten for it. A host block has
-one slab for all layers of a class, so that layers with a window can give theirs up.
+Blocks (``token_block.py``) are placed once and never move, grow or are copied again. A host block
+has one slab for all layers of a class, so that layers with a window can give theirs up.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,84 +14,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from headinfer_compile.config import format_bytes
-from headinfer_compile.errors import CacheError, DoesNotFitError
+from headinfer_compile.errors import DoesNotFitError
 from headinfer_compile.runtime.block_plan import BlockPlan, Tier
-from headinfer_compile.runtime.rows import Rows, canonical, first_readers
-from headinfer_compile.runtime.slab import HostSlab, SlabAllocator
+from headinfer_compile.runtime.rows import Rows
+from headinfer_compile.runtime.slab import SlabAllocator
 from headinfer_compile.runtime.spec import Geometry, kv_views
+from headinfer_compile.runtime.token_block import Pages, TokenBlock
 
 log = logging.getLogger(__name__)
-
-Views = tuple[torch.Tensor, torch.Tensor]
-
-
-class Pages(dict[int, Views]):
-    """The pages of one block by layer."""
-
-    def __missing__(self, layer: int) -> Views:
-        raise CacheError(
-            f"layer {layer} keeps the newest tokens alone, since a window hid all others, and this "
-            "call reads older ones: its mask has another window, or the model runs uncompiled. "
-            "reset() the cache, or use a new one. What is stored is intact"
-        )
-
-
-@dataclass
-class TokenBlock:
-    """Tokens ``[start, start + tokens)`` of every layer."""
-
-    index: int
-    start: int
-    tokens: int
-    tier: Tier
-    pages: Pages
-    device_bytes: int
-    """Bytes of its buffer where it is resident."""
-    slabs: dict[int | None, HostSlab]
-    """Its host memory, by the window of the layers in it."""
-    num_rows: int
-    """Batch rows that a page has room for, R."""
-    rows: Rows
-    """The row of a page that each batch row reads."""
-    version: int = 0
-    """Bumped when rows that may have been read are given up for rewriting."""
-    whole: bool = True
-    """Its pages are those of no other block."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its memory; a block that was cut counts as its first part."""
-        return self.device_bytes + sum(slab.nbytes for slab in self.slabs.values())
-
-    def can_give_up(self, window: int | None) -> bool:
-        """Whether the layers of this window have pages here that are those of no other block."""
-        return self.whole and window in self.slabs
-
-    def lacks(self, window: int | None) -> bool:
-        """Whether the layers of this window have given up their pages, or have none yet."""
-        return self.tier == "host" and self.whole and window not in self.slabs
-
-    @property
-    def groups(self) -> Rows:
-        """Batch rows that read one stored row, as a canonical map."""
-        return _groups_and_stored(self.rows)[0]
-
-    @property
-    def stored_rows(self) -> Rows:
-        """The row of a page for each of ``groups``."""
-        return _groups_and_stored(self.rows)[1]
-
-    @property
-    def is_plain(self) -> bool:
-        """Each batch row has the row of its own number in a page of ``tokens`` tokens."""
-        return self.whole and self.rows == tuple(range(self.num_rows))
-
-
-# Asked at every transfer, of the same few maps.
-@functools.lru_cache(maxsize=1024)
-def _groups_and_stored(rows: Rows) -> tuple[Rows, Rows]:
-    groups = canonical(rows)
-    return groups, tuple(rows[row] for row in first_readers(groups))
 
 
 @dataclass
@@ -184,7 +111,8 @@ class BlockTable:
             host_bytes = plan.host_bytes - plan.given_up_bytes(tokens)
         else:
             missing = self._missing(stored, tokens)
-            host_bytes = plan.host_bytes + sum(self._slab_bytes(*lack) for lack in missing)
+            lacks = [lack for lack in missing if lack[0].tier == "host"]
+            host_bytes = plan.host_bytes + sum(self._class_bytes(*lack) for lack in lacks)
         if host_bytes > self.host_budget:
             longest = self._block_plan(num_rows).longest(self.host_budget)
             everything = plan.gpu_bytes + host_bytes
@@ -239,20 +167,34 @@ class BlockTable:
             if block.start >= tokens and block.can_give_up(window)
         ]
 
+    @property
+    def lacks_resident(self) -> bool:
+        """Whether layers with a window have given up pages of a resident block."""
+        resident = [block for block in self.blocks if block.tier == "gpu"]
+        return any(block.lacks(window) for block in resident for window in self.classes)
+
     def give_up(self, block: TokenBlock, window: int | None) -> None:
-        """Drop the pages of a class of layers in a host block; no copy of them is under way."""
+        """Drop the pages of a class of layers in a block; no copy of them is under way."""
         unit, layers = self._unit_bytes(block), self.classes[window]
         pages = block.pages.items()
         block.pages = Pages((layer, page) for layer, page in pages if layer not in layers)
         self.changes += 1
-        self._slabs.give_back(block.slabs.pop(window), unit)
+        if block.tier == "gpu":
+            del block.device_bytes[window]
+        else:
+            self._slabs.give_back(block.slabs.pop(window), unit)
 
     def _restore(self, block: TokenBlock, window: int | None) -> None:
-        """Have the pages of a class of layers in a host block; nothing was written to them."""
-        layers = self.classes[window]
-        slab = self._slabs.take(self._slab_bytes(block, window), self._unit_bytes(block))
-        block.pages = Pages({**block.pages, **self._views(block, slab.tensor, layers)})
-        block.slabs[window] = slab
+        """Have the pages of a class of layers in a block; nothing was written to them."""
+        layers, nbytes = self.classes[window], self._class_bytes(block, window)
+        if block.tier == "gpu":
+            with torch.inference_mode(False):
+                buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.geometry.device)
+            block.device_bytes[window] = nbytes
+        else:
+            slab = self._slabs.take(nbytes, self._unit_bytes(block))
+            block.slabs[window], buffer = slab, slab.tensor
+        block.pages = Pages({**block.pages, **self._views(block, buffer, layers)})
         self.changes += 1
 
     def first_narrow(self, start: int, groups: Rows) -> int | None:
@@ -296,7 +238,7 @@ class BlockTable:
             )
         rest = replace(
             block, index=self._new_index(), start=block.start + used, tokens=block.tokens - used,
-            pages=pages, device_bytes=0, slabs={}, rows=groups, version=0, whole=False,
+            pages=pages, device_bytes={}, slabs={}, rows=groups, version=0, whole=False,
         )  # fmt: skip
         # The slabs and their bytes stay with the first part, which is given back last.
         self.blocks[index : index + 1] = [replace(block, tokens=used, whole=False), rest]
@@ -331,42 +273,37 @@ class BlockTable:
         return self._block_plan().longest(self.host_budget)
 
     def _append(self, tokens: int, tier: Tier, groups: Rows) -> None:
-        num_rows = len(set(groups))
-        nbytes = tokens * self.geometry.with_batch(num_rows).token_bytes
-        buffer: torch.Tensor | None = None
+        block = TokenBlock(
+            index=self._new_index(), start=self.capacity, tokens=tokens, tier=tier, pages=Pages(),
+            device_bytes={}, slabs={}, num_rows=len(set(groups)), rows=groups,
+        )  # fmt: skip
         if tier == "gpu":
             try:
-                with torch.inference_mode(False):
-                    buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.geometry.device)
+                for window in self.classes:
+                    self._restore(block, window)
             except torch.OutOfMemoryError:
+                block.pages, block.device_bytes, block.tier = Pages(), {}, "host"
                 log.warning(
                     "the GPU has no room for another resident block of %s: the rest of the KV goes "
                     "to the host",
-                    format_bytes(nbytes),
+                    format_bytes(len(self.geometry.layers) * self._unit_bytes(block)),
                 )
-                self.gpu_budget, tier = self.bytes_on("gpu"), "host"
-        block = TokenBlock(
-            index=self._new_index(), start=self.capacity, tokens=tokens, tier=tier, pages=Pages(),
-            device_bytes=0 if buffer is None else nbytes, slabs={}, num_rows=num_rows, rows=groups,
-        )  # fmt: skip
-        if buffer is None:
+                self.gpu_budget = self.bytes_on("gpu")
+        if block.tier == "host":
             with ExitStack() as refused:
                 # The slabs that there were are then of no block.
                 refused.callback(_close, block)
                 for window in self.classes:
                     self._restore(block, window)
                 refused.pop_all()
-        else:
-            block.pages.update(self._views(block, buffer, self.geometry.layers))
-        self.changes += 1
         self.blocks.append(block)
 
     def _unit_bytes(self, block: TokenBlock) -> int:
         """Bytes of a page of a block."""
         return block.tokens * self.geometry.with_batch(block.num_rows).layer_token_bytes
 
-    def _slab_bytes(self, block: TokenBlock, window: int | None) -> int:
-        """Bytes of the slab of a class of layers in a host block."""
+    def _class_bytes(self, block: TokenBlock, window: int | None) -> int:
+        """Bytes of the pages of a class of layers in a block."""
         return len(self.classes[window]) * self._unit_bytes(block)
 
     def _views(self, block: TokenBlock, buffer: torch.Tensor, layers: Sequence[int]) -> Pages:

@@ -1,4 +1,4 @@
-"""Layers with a window: which host pages a session gives up, and what can be cropped after that.
+"""Layers with a window: which pages a session gives up, and what can be cropped after that.
 
 Which layers may do so is a hint of the model's config. That they may is what the masks of a call
 prove: all sites of the layer have a window, and no query of the call sees a key before it.
@@ -26,6 +26,11 @@ def give_up_pages(session: Session, past: int, stored: int, after: int) -> None:
         after: Tokens in pages once the call is done.
     """
     table = session.table
+    if past == 0 and table.lacks_resident:
+        # The budget may not hold what later blocks took the room of: blocks are placed anew.
+        session.drain()
+        session.streams.drain()
+        table.truncate(0, 0)
     found = table.surplus(stored, after)
     for window, layers in table.classes.items():
         end = 0 if window is None else _end(session, layers, past)

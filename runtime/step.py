@@ -11,9 +11,9 @@ import torch
 
 from headinfer_compile.runtime.attention import Kernel
 from headinfer_compile.runtime.masks import visible_range
-from headinfer_compile.runtime.pages import TokenBlock
 from headinfer_compile.runtime.rows import Rows, on_host
 from headinfer_compile.runtime.spec import SiteSpec
+from headinfer_compile.runtime.token_block import TokenBlock
 
 Phase = Literal["prefill", "decode"]
 

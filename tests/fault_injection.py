@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import headinfer_compile
 from headinfer_compile import HeadInferCache
 from headinfer_compile.runtime.ops import NAMESPACE
-from headinfer_compile.runtime.pages import TokenBlock
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.slab import HostSlab
 from headinfer_compile.runtime.slots import SlotRing
+from headinfer_compile.runtime.token_block import TokenBlock
 
 _ROOT = Path(headinfer_compile.__file__).resolve().parent.parent
 _FOLDERS = tuple(str(_ROOT / name) for name in ("headinfer_compile", "runtime"))

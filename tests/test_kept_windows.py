@@ -26,9 +26,10 @@ from headinfer_compile import HeadInferCache
 from headinfer_compile.errors import CacheError, DoesNotFitError
 from headinfer_compile.runtime import block_plan, retention
 from headinfer_compile.runtime.block_plan import BlockPlan, first_kept
-from headinfer_compile.runtime.pages import BlockTable, TokenBlock
+from headinfer_compile.runtime.pages import BlockTable
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.slab import SlabAllocator
+from headinfer_compile.runtime.token_block import TokenBlock
 from headinfer_compile.simulator import simulated
 from test_simulator import play
 
@@ -102,6 +103,46 @@ def test_tokens_and_bounded_pages(make: Any, options: dict[str, Any], seed: int)
     grown = sizes[1].host_bytes - sizes[0].host_bytes
     assert grown <= (len(full) * (203 - 131) + (len(windows) + len(full)) * PAGE) * per_layer
     assert sizes[1].host_bytes <= sizes[1].kv_bytes + m.layers * 2 * PAGE * per_layer
+
+
+def test_a_window_that_fits_on_the_device_stays_there(seed: int) -> None:
+    """All layers have a window: no host memory, and no more of the device's than it takes."""
+    m = CompiledModel(tiny_mistral(seed, WINDOW))
+    ids, oracle = m.prompt(seed, 300, 120)
+    budget = most(32) * m.token_bytes
+    with m.cache(gpu_budget=budget, page_tokens=PAGE) as cache:
+        run = generate(m.model, ids, cache, 120, prefill_chunk_size=32)
+        assert_same(run, oracle)
+        stats = cache.stats()
+        assert stats.sites_rewritten == m.layers and not stats.eager_updates
+        assert (stats.host_bytes, stats.h2d_bytes, stats.materialised_layers) == (0, 0, 0)
+        assert stats.resident_bytes <= budget < 300 * m.token_bytes
+
+
+def test_resident_pages_are_given_up(mixed: CompiledModel, seed: int) -> None:
+    """The room that windows leave on the device is taken by later tokens, within the budget."""
+    budget = 10 * PAGE * mixed.token_bytes
+    ids, oracle = mixed.prompt(seed, 400, 70)
+    with mixed.cache(gpu_budget=budget, page_tokens=PAGE) as cache:
+        for _ in range(2):
+            run = generate(mixed.model, ids, cache, 70, prefill_chunk_size=32)
+            assert_same(run, oracle)
+            session, stats = cache.session, cache.stats()
+            resident = sum(block.tier == "gpu" for block in session.table.blocks)
+            # Ten blocks of all layers; of the two layers with a window the newest few are kept.
+            assert 2 * 10 + 4 > resident > 10 + 4
+            assert stats.resident_bytes == session.table.bytes_on("gpu") <= budget
+            assert stats.h2d_bytes > 0 and not stats.materialised_layers
+            assert all(kept_tokens(cache, layer) <= most(32) for layer in (0, 2))
+            with pytest.raises(CacheError, match="keep what it sees"):
+                cache.crop(-300)
+            assert cache.get_seq_length() == session.length
+            cache.reset()
+            assert session.length == 0
+        # In one piece nothing is given up before: the blocks are placed anew, within the budget.
+        with torch.no_grad():
+            mixed.forward(ids, cache, 400)
+        assert cache.stats().resident_bytes <= budget
 
 
 def test_prefill_keeps_no_more_than_a_chunk(mixed: CompiledModel, seed: int) -> None:
@@ -300,6 +341,21 @@ def test_reserve_counts_what_is_kept(mixed: CompiledModel, seed: int) -> None:
         cache.reserve(2000)
 
 
+def _check_resident(plan: BlockPlan, tokens: int, chunk: int) -> None:
+    """Without a host: at each chunk, resident blocks less what the windows give up before it."""
+    plan.gpu_budget = 1 << 40
+    plan.place(tokens, chunk)
+    assert not plan.on_host and plan.gpu_tokens == plan.capacity >= tokens
+    layers, most_bytes = plan.num_layers, 0
+    for past in range(0, tokens, chunk):
+        made = [run for run in plan.gpu_runs if run[0] < min(past + chunk, tokens)]
+        end = first_kept(past, plan.windows[0])
+        kept = sum(size for start, size in made if start + size > end)
+        held = sum(size for _, size in made)
+        most_bytes = max(most_bytes, 100 * ((layers - 2) * held + 2 * kept))
+    assert plan.gpu_peak_bytes == most_bytes
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     chunk=st.integers(1, 70), tokens=st.integers(1, 400), window=st.integers(1, 60),
@@ -317,6 +373,7 @@ def test_the_plan_predicts_the_bytes(
     assert plan.host_bytes == len(blocks) * page * 100 * (full + 2)
     want = 100 * (full * len(blocks) * page + 2 * kept)
     assert plan.host_bytes - plan.given_up_bytes(tokens) == want
+    _check_resident(BlockPlan(100, full + 2, page, 0, windows=(window, window)), tokens, chunk)
     longest = BlockPlan(100, full + 2, page, 0, windows=(window, window), chunk=chunk)
     if full:
         assert longest.longest(want) >= tokens

@@ -190,6 +190,7 @@ def check(made: Plan, machine: Machine, request: Request) -> None:
     assert parts + made.resident_bytes <= machine.gpu_memory
     assert made.gpu_bytes <= machine.gpu_memory
     values = memory.values
-    given_up = values["S_past"] * values["Hkv"] * values["B"] * values["R"] * values["e"]
+    given_up = values["S_past"] + values["S_freed"]
+    given_up *= values["Hkv"] * values["B"] * values["R"] * values["e"]
     assert made.resident_bytes + made.host_bytes + memory.tail_bytes + given_up >= made.kv_bytes
     assert made.max_context >= request.context
