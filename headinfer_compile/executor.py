@@ -27,12 +27,12 @@ from headinfer_compile.passes.pipeline import Dump, PassReport, build_prologue, 
 from headinfer_compile.passes.schedule import PlanContext, PlanKey, Schedule
 from headinfer_compile.plan_key import chained_key
 from headinfer_compile.runtime.masks import MaskForm
+from headinfer_compile.runtime.observer import observer_for
 from headinfer_compile.runtime.ops import session_of
 from headinfer_compile.runtime.rows import unequal_neighbours
 from headinfer_compile.runtime.session import Session
 from headinfer_compile.runtime.spec import SiteSpec
 from headinfer_compile.runtime.step import Step
-from headinfer_compile.runtime.trace import observer_for
 from headinfer_compile.step_graphs import StepGraphs
 
 log = logging.getLogger(__name__)

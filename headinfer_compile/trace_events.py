@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from headinfer_compile.prediction import Prediction
-from headinfer_compile.runtime.trace import Span, StepTrace
+from headinfer_compile.runtime.spans import Span
+from headinfer_compile.runtime.trace import StepTrace
 
 Event = dict[str, Any]
 

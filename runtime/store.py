@@ -18,6 +18,7 @@ from headinfer_compile.runtime.block_plan import least_bytes
 from headinfer_compile.runtime.budget import default_gpu_budget, default_host_budget, refusing
 from headinfer_compile.runtime.host_build import library
 from headinfer_compile.runtime.host_lane import HostLane
+from headinfer_compile.runtime.observer import Observer
 from headinfer_compile.runtime.paged import PagedTables
 from headinfer_compile.runtime.pages import BlockTable
 from headinfer_compile.runtime.slots import SlotRing
@@ -25,7 +26,7 @@ from headinfer_compile.runtime.spec import Geometry
 from headinfer_compile.runtime.staging import StagingRing, Tail
 from headinfer_compile.runtime.step import Phase
 from headinfer_compile.runtime.streams import Event, Streams
-from headinfer_compile.runtime.trace import Observer, Timer
+from headinfer_compile.runtime.trace import Timer
 
 log = logging.getLogger(__name__)
 

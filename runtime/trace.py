@@ -1,4 +1,4 @@
-"""What the operators of a session are seen by: names for profilers, and times of every op.
+"""Times of every op of a session's calls.
 
 Nothing here waits for the device. A ``Timer`` records CUDA events around the ops and reads them
 when the steps are done; on a device without streams it reads the host's clock at the same points.
@@ -15,36 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headinfer_compile.runtime.spans import Mark, Span, about, span_of
+
 if TYPE_CHECKING:
     from headinfer_compile.runtime.session import Session
     from headinfer_compile.runtime.spec import SiteSpec
     from headinfer_compile.runtime.streams import Streams
 
-#: Where an op's arguments, the handle left out, say what it is about.
-_ARGUMENTS: dict[str, dict[str, int]] = {
-    "pack": {"layer": 0},
-    "offload": {"layer": 0},
-    "tail": {"layer": 0},
-    "resident": {"layer": 0, "group": 2, "block": 3},
-    "prefetch": {"layer": 0, "group": 2, "block": 3},
-    "attend": {"group": 5, "chunk": 6, "block": 7},
-    "attend_merge": {"group": 7, "chunk": 8, "block": 9},
-    "attend_resident": {"layer": 0},
-    "attend_host": {"layer": 0, "block": 3},
-    "merge_host": {"group": 5, "chunk": 6},
-    "store": {"group": 3, "chunk": 4},
-}
-
 #: Ops that put work on the compute stream; the others only queue copies, events or views.
-_COMPUTE_OPS = (
+_COMPUTE_OPS = frozenset((
     "pack", "wait", "attend", "attend_merge", "attend_resident", "wait_host", "merge_host", "store"
-)  # fmt: skip
+))  # fmt: skip
+_COPIES = frozenset(("prefetch", "offload", "attend_host"))
 
 _POOL = 2048
 """Events made before the first step is timed: those of a step of 32 layers and 16 blocks each."""
 
-#: A point in time on a stream: a CUDA event, or nanoseconds of the host's clock.
-Mark = Any
+#: An op: its name, layer, what it is about, result, stream, marks, bytes, nanoseconds of the host.
+Note = tuple[str, int | None, Any, Any, str, Mark, Mark, int, int, int]
 
 
 @dataclass
@@ -56,36 +44,6 @@ class Timings:
     """Copies to the device were under way."""
     exposed_wait_us: float | None = None
     """Compute stood still for a transfer; None until a step was timed."""
-
-
-@dataclass
-class Span:
-    """One op of one step. Times are microseconds from the start of the profile."""
-
-    name: str
-    layer: int | None = None
-    group: int | None = None
-    chunk: int | None = None
-    block: int | None = None
-    """KV block, or one of the negative spans of ``runtime/step.py``."""
-    transfer: int | None = None
-    slot: int | None = None
-    nbytes: int = 0
-    stream: str = "host"
-    begin: Mark = None
-    end: Mark = None
-    host_begin: float = 0.0
-    host_end: float = 0.0
-
-    @property
-    def label(self) -> str:
-        """The name that profilers show."""
-        parts = [f"headinfer.{self.name}"]
-        for name in ("layer", "group", "chunk", "block", "slot"):
-            value = getattr(self, name)
-            if value is not None:
-                parts.append(f"{name}={value}")
-        return " ".join(parts)
 
 
 @dataclass
@@ -115,14 +73,17 @@ class StepTrace:
     host_begin: float
     end: Mark = None
     host_end: float = 0.0
+    notes: list[Note] = field(default_factory=list)
+    """The ops that were queued, until they are read."""
     spans: list[Span] = field(default_factory=list)
+    """The ops, once they are read."""
     sites: list[SiteMark] = field(default_factory=list)
 
     def marks(self) -> Iterator[Mark]:
         """Every mark of the step."""
         yield from (self.begin, self.end)
-        for span in self.spans:
-            yield from (span.begin, span.end)
+        for note in self.notes:
+            yield from note[5:7]
         for site in self.sites:
             yield from (site.begin, site.end)
 
@@ -235,23 +196,33 @@ class Timer:
         if self.current is not None:
             self.current.sites[-1].end = self._last
 
-    def finish(self, span: Span, host_begin: float, moved: int) -> None:
-        """An op is queued; ``span`` says which."""
-        step = self.current
+    def run(
+        self, name: str, function: Callable[..., Any], session: Session, args: Sequence[Any],
+        layer: int | None,
+    ) -> Any:  # fmt: skip
+        """Run an op of a site of ``layer`` and note it."""
+        step, counters = self.current, session.counters
         if step is None:
-            return
-        span.host_begin, span.host_end = host_begin, self.host_us()
-        if span.name in ("prefetch", "offload", "attend_host"):
-            role, begin, end = self.copy
-            if end is not None:
-                span.stream, span.begin, span.end, span.nbytes = role, begin, end, moved
+            return function(session, *args)
+        before, host_begin = counters.moved_bytes, time.perf_counter_ns()
+        result = function(session, *args)
+        host_end = time.perf_counter_ns()
+        stream, begin, end, nbytes = "host", None, None, 0
+        if name in _COMPUTE_OPS:
+            stream, begin = "compute", self._last
+            self._last = end = self.mark("compute")
+        elif name in _COPIES:
+            if self.copy[2] is not None:
+                stream, begin, end = self.copy
+                nbytes = counters.moved_bytes - before
             self.copy = ("", None, None)
-        elif span.name in _COMPUTE_OPS:
-            span.stream, span.begin = "compute", self._last
-            self._last = span.end = self.mark("compute")
-        elif span.name == "release":
-            span.begin = span.end = self._last
-        step.spans.append(span)
+        elif name == "release":
+            begin = end = self._last
+        step.notes.append(
+            (name, layer, about(name, args), result if name == "prefetch" else None, stream,
+             begin, end, nbytes, host_begin, host_end)
+        )  # fmt: skip
+        return result
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -290,8 +261,16 @@ class Timer:
                 found[id(mark)] = self._base[1] + _between(self._base[0], mark)
             return found[id(mark)]
 
-        for span in step.spans:
-            span.begin, span.end = read(span.begin), read(span.end)
+        for name, layer, noted, result, stream, begin, end, nbytes, *host in step.notes:
+            span = span_of(name, layer, noted, step.num_slots, self.transfers)
+            if name == "prefetch":
+                span.transfer = result
+                self.transfers[result] = span
+            span.stream, span.nbytes = stream, nbytes
+            span.begin, span.end = read(begin), read(end)
+            span.host_begin, span.host_end = ((at - self._zero_ns) / 1e3 for at in host)
+            step.spans.append(span)
+        step.notes.clear()
         for site in step.sites:
             site.begin, site.end = read(site.begin), read(site.end)
         base = step.begin
@@ -320,81 +299,3 @@ def _is_event(mark: Mark) -> bool:
 
 def _between(first: torch.cuda.Event, second: torch.cuda.Event) -> float:
     return float(first.elapsed_time(second)) * 1e3
-
-
-class Observer:
-    """Sees every op of one compiled call: names it to the profilers that listen, and times it."""
-
-    def __init__(self, timer: Timer | None, nvtx: bool, profiler: bool) -> None:
-        self.timer = timer
-        self._nvtx, self._profiler = nvtx, profiler
-        self._layer: int | None = None
-        self._transfers: dict[int, Span] = {} if timer is None else timer.transfers
-
-    def begin_site(self, layer: int, schedule: Any) -> None:
-        """A site of ``layer`` begins and will run ``schedule``."""
-        self._layer = layer
-        if self._nvtx:
-            torch.cuda.nvtx.range_push(f"headinfer site layer={layer}")
-        if self.timer is not None:
-            self.timer.begin_site(layer, schedule)
-
-    def end_site(self) -> None:
-        """The site's ops are queued."""
-        if self.timer is not None:
-            self.timer.end_site()
-        if self._nvtx:
-            torch.cuda.nvtx.range_pop()
-
-    def run(
-        self, name: str, function: Callable[..., Any], session: Session, args: Sequence[Any]
-    ) -> Any:
-        """Run an op under its names."""
-        span = self._span(name, args, session)
-        named = self._nvtx or self._profiler
-        label = span.label if named else ""
-        range_ = torch.profiler.record_function(label) if self._profiler else None
-        if self._nvtx:
-            torch.cuda.nvtx.range_push(label)
-        if range_ is not None:
-            range_.__enter__()
-        host_begin = 0.0 if self.timer is None else self.timer.host_us()
-        before = session.counters.moved_bytes
-        try:
-            result = function(session, *args)
-        finally:
-            if range_ is not None:
-                range_.__exit__(None, None, None)
-            if self._nvtx:
-                torch.cuda.nvtx.range_pop()
-        if name == "prefetch":
-            span.transfer = result
-            self._transfers[result] = span
-        if self.timer is not None:
-            moved = session.counters.moved_bytes - before
-            self.timer.finish(span, host_begin, moved)
-        return result
-
-    def _span(self, name: str, args: Sequence[Any], session: Session) -> Span:
-        span = Span(name, self._layer)
-        if name in ("wait", "release"):
-            source = self._transfers.get(args[0])
-            if source is not None:
-                span.layer, span.group, span.block = source.layer, source.group, source.block
-                span.transfer, span.slot = source.transfer, source.slot
-            if name == "release":
-                self._transfers.pop(args[0], None)
-            return span
-        for part, index in _ARGUMENTS.get(name, {}).items():
-            setattr(span, part, args[index])
-        if name == "prefetch":
-            span.slot = (args[4] + args[5]) % session.config.slots
-        return span
-
-
-def observer_for(timer: Timer | None, nvtx: bool) -> Observer | None:
-    """Who looks at the ops of the next call; None where nobody does."""
-    profiler = bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
-    if timer is None and not nvtx and not profiler:
-        return None
-    return Observer(timer, nvtx, profiler)

@@ -23,7 +23,7 @@ from harness import CompiledModel, clean_dynamo, random_ids, tiny_llama
 from headinfer_compile import HeadInferCache, headinfer, profile
 from headinfer_compile.errors import CacheError, DoesNotFitError
 from headinfer_compile.profiling import Profile
-from headinfer_compile.runtime.trace import observer_for
+from headinfer_compile.runtime.observer import observer_for
 
 LAYERS = 2
 
