@@ -82,8 +82,7 @@ def open_rows(session: Session, start: int, groups: Rows) -> None:
     """Let the pages from token ``start`` on take rows of ``groups``."""
     narrow = session.table.first_narrow(start, groups)
     if narrow is not None:
-        session.drain()
-        session.streams.drain()
+        session.wait_idle()
         session.table.truncate(narrow, start)
     session.table.open_rows(start, groups)
 
@@ -106,9 +105,8 @@ class BatchChange:
         for block, rows in self.maps:
             block.rows = rows
         if session.tail is not self.tail:
-            session.drain()
             # D2H may still read the tail that is given up.
-            session.streams.drain()
+            session.wait_idle()
             session.rebind(self.geometry, self.tail)
 
 

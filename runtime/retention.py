@@ -28,8 +28,7 @@ def give_up_pages(session: Session, past: int, stored: int, after: int) -> None:
     table = session.table
     if past == 0 and table.lacks_resident:
         # The budget may not hold what later blocks took the room of: blocks are placed anew.
-        session.drain()
-        session.streams.drain()
+        session.wait_idle()
         table.truncate(0, 0)
     found = table.surplus(stored, after)
     for window, layers in table.classes.items():
@@ -40,9 +39,7 @@ def give_up_pages(session: Session, past: int, stored: int, after: int) -> None:
             if block.start + block.tokens <= end and block.can_give_up(window)
         ]
     if found:
-        # Whoever reads or writes them has to be done: the memory goes to other tokens.
-        session.drain()
-        session.streams.drain()
+        session.wait_idle()
         for block, window in found:
             table.give_up(block, window)
 

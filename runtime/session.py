@@ -255,6 +255,11 @@ class Session(Store):
         self.in_flight = ()
         self._unsettled = unsettled
 
+    def wait_idle(self) -> None:
+        """Block the host until nobody reads or writes KV, so that its memory may be given up."""
+        self.drain()
+        self.streams.drain()
+
     def kv_blocks(self, spec: SiteSpec) -> tuple[KVBlock, ...]:
         """The KV blocks of the current step for one class of sites."""
         step = self.step
