@@ -214,6 +214,13 @@ class BlockTable:
         while len(self.blocks) > index:
             _close(self.blocks.pop())
 
+    def place_anew(self) -> None:
+        """Have no blocks; host memory is kept for those that come. No copy is under way."""
+        for block in self.blocks:
+            for window in list(block.slabs) if block.whole else ():
+                self.give_up(block, window)
+        self.truncate(0, 0)
+
     def open_rows(self, start: int, groups: Rows) -> None:
         """Let tokens from ``start`` on be stored under ``groups``; what is before stays as it is.
 

@@ -29,7 +29,7 @@ def give_up_pages(session: Session, past: int, stored: int, after: int) -> None:
     if past == 0 and table.lacks_resident:
         # The budget may not hold what later blocks took the room of: blocks are placed anew.
         session.wait_idle()
-        table.truncate(0, 0)
+        table.place_anew()
     found = table.surplus(stored, after)
     for window, layers in table.classes.items():
         end = 0 if window is None else _end(session, layers, past)

@@ -28,7 +28,7 @@ from headinfer_compile.runtime import block_plan, retention
 from headinfer_compile.runtime.block_plan import BlockPlan, first_kept
 from headinfer_compile.runtime.pages import BlockTable
 from headinfer_compile.runtime.session import Session
-from headinfer_compile.runtime.slab import SlabAllocator
+from headinfer_compile.runtime.slab import HostSlab, SlabAllocator
 from headinfer_compile.runtime.token_block import TokenBlock
 from headinfer_compile.simulator import simulated
 from test_simulator import play
@@ -123,6 +123,7 @@ def test_resident_pages_are_given_up(mixed: CompiledModel, seed: int) -> None:
     """The room that windows leave on the device is taken by later tokens, within the budget."""
     budget = 10 * PAGE * mixed.token_bytes
     ids, oracle = mixed.prompt(seed, 400, 70)
+    seen: list[set[HostSlab]] = []
     with mixed.cache(gpu_budget=budget, page_tokens=PAGE) as cache:
         for _ in range(2):
             run = generate(mixed.model, ids, cache, 70, prefill_chunk_size=32)
@@ -137,8 +138,11 @@ def test_resident_pages_are_given_up(mixed: CompiledModel, seed: int) -> None:
             with pytest.raises(CacheError, match="keep what it sees"):
                 cache.crop(-300)
             assert cache.get_seq_length() == session.length
+            seen.append({s for block in session.table.blocks for s in block.slabs.values()})
             cache.reset()
             assert session.length == 0
+        # Host memory that the prompt needs served both conversations.
+        assert seen[0] & seen[1]
         # In one piece nothing is given up before: the blocks are placed anew, within the budget.
         with torch.no_grad():
             mixed.forward(ids, cache, 400)
