@@ -21,7 +21,7 @@ class Observer:
         self.timer = timer
         self._nvtx, self._profiler = nvtx, profiler
         self._layer: int | None = None
-        self._transfers: dict[int, Span] = {}
+        self._transfers: dict[int, Span] = {} if timer is None else timer.named
 
     def begin_site(self, layer: int, schedule: Any) -> None:
         """A site of ``layer`` begins and will run ``schedule``."""

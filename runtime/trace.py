@@ -114,6 +114,9 @@ class Timer:
         self.current: StepTrace | None = None
         self.copy: tuple[str, Mark, Mark] = ("", None, None)
         self.transfers: dict[int, Span] = {}
+        """Those under way where reading has come to."""
+        self.named: dict[int, Span] = {}
+        """Those under way now, where profilers are told their names."""
         self._last: Mark = None
         """The newest mark on compute."""
         # A CUDA event is made when it is first recorded, which takes longer than the record.

@@ -177,6 +177,20 @@ def test_ops_carry_their_names_in_a_profiler(compiled: CompiledModel, seed: int)
             ]
 
 
+def test_transfers_keep_their_names_over_calls(compiled: CompiledModel, seed: int) -> None:
+    """A profiled step waits for what the one before has started, and says for which block."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with compiled.cache() as cache, profile(cache):
+        compiled.forward(random_ids(seed, 82), cache, 40)
+        with torch.profiler.profile(activities=activities):
+            compiled.forward(random_ids(seed, 1), cache, 1)
+        assert cache.session.in_flight
+        with torch.profiler.profile(activities=activities) as seen:
+            compiled.forward(random_ids(seed, 1), cache, 1)
+    waits = [e.key for e in seen.key_averages() if e.key.startswith("headinfer.wait layer=")]
+    assert waits and all("block=" in name for name in waits)
+
+
 def test_nvtx_ranges_are_nested_and_named(
     compiled: CompiledModel, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
