@@ -112,13 +112,6 @@ std::vector<Piece> cut(const Job& job, int64_t heads, int64_t rows, int64_t out_
   return pieces;
 }
 
-// Where element d of a query row lies in q_pairs: in its row, or as tiles take it.
-int64_t pair_place(const Work& work, int64_t row, int64_t d) {
-  if (work.level != kAmx) return row * work.q_stride + d;
-  const int64_t head = row / work.rows * work.pair_rows * work.q_stride;
-  return head + tile_place(row % work.rows, d, work.q_stride);
-}
-
 void prepare(Work& work) {
   const Job& job = *work.job;
   const Numbers& n = job.n;
@@ -130,7 +123,8 @@ void prepare(Work& work) {
   work.pieces = cut(job, work.heads, work.rows, work.out_stride);
   const int64_t results = work.heads * static_cast<int64_t>(work.pieces.size()) * work.rows;
   const int64_t queries = work.heads * work.rows * work.q_stride;
-  work.pair_rows = work.level == kAmx ? round_up(work.rows, kTileRows) : work.rows;
+  const bool tiles = work.level == kAmx;
+  work.pair_rows = tiles ? round_up(work.rows, kTileRows) : work.rows;
   const int64_t pairs = work.heads * work.pair_rows * work.q_stride / 2;  // floats
   const int64_t floats = queries + pairs + results * (work.out_stride + 2);
   char* memory = job.pool->workspace(static_cast<size_t>(floats) * sizeof(float) + 64);
@@ -144,6 +138,9 @@ void prepare(Work& work) {
   for (int64_t i = 0; i < work.heads; ++i) work.left[i] = work.pieces.size();
   std::memset(work.q, 0, (queries + pairs) * sizeof(float));
   for (int64_t row = 0; row < work.heads * work.rows; ++row) {
+    const int64_t head = row / work.rows, in_head = row % work.rows;
+    uint16_t* pair_row = work.q_pairs + head * work.pair_rows * work.q_stride +
+                         (tiles ? tile_place(in_head, 0, work.q_stride) : in_head * work.q_stride);
     for (int64_t d = 0; d < n.head_dim; ++d) {
       const int64_t from = row * n.head_dim + d, to = row * work.q_stride + d;
       if (n.dtype == kFloat32) {
@@ -151,7 +148,7 @@ void prepare(Work& work) {
       } else if (n.dtype == kBFloat16) {
         const bf16 value = reinterpret_cast<const bf16*>(n.q)[from];
         work.q[row * work.q_stride + place(work.level, d, n.head_dim)] = portable::widen(value);
-        work.q_pairs[pair_place(work, row, d)] = value.bits;
+        pair_row[tiles ? tile_place(0, d, work.q_stride) : d] = value.bits;
       } else {
         work.q[to] = portable::widen(reinterpret_cast<const fp16*>(n.q)[from]);
       }

@@ -11,7 +11,7 @@
 
 #include "host_attention_simd.h"
 
-#if defined(__x86_64__) && (defined(HA_AMX_EMULATE) || !defined(__GNUC__) || __GNUC__ >= 11 || \
+#if defined(__x86_64__) && (defined(HA_AMX_EMULATE) || __GNUC__ >= 11 || \
                             (defined(__clang__) && __clang_major__ >= 12))
 #define HA_AMX
 #endif
@@ -21,7 +21,7 @@ namespace host_attention {
 constexpr int kTileRows = 16;
 
 // Where element d of query row `row` of a head lies in the q of tiles: blocks of 16 rows, in each
-// the pairs of elements, of each pair the rows.
+// the pairs of elements, of each pair the rows. A sum of what the row and the element add.
 inline int64_t tile_place(int64_t row, int64_t d, int64_t q_stride) {
   return (row / kTileRows * (q_stride / 2) + d / 2) * 2 * kTileRows + row % kTileRows * 2 + d % 2;
 }
@@ -119,6 +119,8 @@ constexpr int kDepth = 32;      // bf16 of a row of a tile
 constexpr int kLine = 64;       // bytes of it, and of a line of the cache
 constexpr int kLargestV = 256;  // width of V whose block fits the first-level cache
 constexpr int kSteps = kTile / kDepth;
+constexpr int kWords = kTileRows * kLine / 4;  // of a tile
+constexpr int kParity = kSteps * kWords;       // of the even, or the odd, ones of 32 columns of V
 static_assert(kTile % kDepth == 0, "whole tiles");
 
 // Tiles of scores, of K, and of q and V; of results, and both parts of p.
@@ -233,10 +235,10 @@ HA_FN void interleave(const bf16* v, int64_t dim, uint32_t* to, Ahead& ahead) {
   for (int pair = 0; pair < kTile / 2; ++pair) {
     const bf16* row = v + 2 * pair * dim;
     uint32_t* at = to + pair * 16;
-    for (int64_t d = 0; d < dim; d += kDepth, at += 2 * 8 * kTile) {
+    for (int64_t d = 0; d < dim; d += kDepth, at += 2 * kParity) {
       const __m512i a = _mm512_loadu_si512(row + d), b = _mm512_loadu_si512(row + dim + d);
       _mm512_store_si512(at, _mm512_mask_blend_epi16(odd, a, _mm512_slli_epi32(b, 16)));
-      _mm512_store_si512(at + 8 * kTile, _mm512_mask_blend_epi16(odd, _mm512_srli_epi32(a, 16), b));
+      _mm512_store_si512(at + kParity, _mm512_mask_blend_epi16(odd, _mm512_srli_epi32(a, 16), b));
     }
     if (pair % 2 != 0) Ahead::step(ahead);
   }
@@ -247,13 +249,13 @@ HA_FN void weigh(
     const Run& run, const bf16* high, const bf16* low, const uint32_t* v, float* out,
     Ahead& ahead) {
   const int64_t stride = run.out_stride * sizeof(float);
-  for (int64_t d = 0; d < run.v_head_dim; d += kDepth, v += 2 * 8 * kTile) {
+  for (int64_t d = 0; d < run.v_head_dim; d += kDepth, v += 2 * kParity) {
     tile_load<kO0>(out + d, stride);
     tile_load<kO1>(out + d + kLanes, stride);
     for (int step = 0; step < kSteps; ++step) {
       tile_load<kHigh>(high + step * kDepth, kTile * sizeof(bf16));
-      tile_load<kV0>(v + step * 256, kLine);
-      tile_load<kV1>(v + 8 * kTile + step * 256, kLine);
+      tile_load<kV0>(v + step * kWords, kLine);
+      tile_load<kV1>(v + kParity + step * kWords, kLine);
       tile_dot<kO0, kHigh, kV0>();
       tile_dot<kO1, kHigh, kV1>();
       tile_load<kLow>(low + step * kDepth, kTile * sizeof(bf16));
@@ -291,7 +293,8 @@ HA_FN void attend_block(const Run& run, int64_t at, Config& config, Scratch& wor
   const bf16* k = static_cast<const bf16*>(run.k) + at * run.head_dim;
   const bf16* v = static_cast<const bf16*>(run.v) + at * run.v_head_dim;
   // Calls of `step` in the pass of the first query rows.
-  const int64_t steps = kTile / 32 * run.head_dim / kDepth + std::min(run.query_rows, kTileRows) +
+  const int64_t steps = kTile / (2 * kTileRows) * run.head_dim / kDepth +
+                        std::min(run.query_rows, kTileRows) +
                         kTile / 4 + kSteps * run.v_head_dim / kDepth;
   Ahead ahead = Ahead::of(run, at, static_cast<int>(steps));
   for (int row = 0; row < run.query_rows; row += kTileRows) {
