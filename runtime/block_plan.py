@@ -52,8 +52,6 @@ class BlockPlan:
     """Of resident blocks, without what layers with a window have given up of them."""
     gpu_peak_bytes: int = 0
     """The most that ``gpu_bytes`` has been."""
-    gpu_tokens: int = 0
-    """Tokens of resident blocks."""
     host_bytes: int = 0
     count: int = 0
     """Blocks so far."""
@@ -80,6 +78,11 @@ class BlockPlan:
         return self.layer_token_bytes * self.num_layers
 
     @property
+    def gpu_tokens(self) -> int:
+        """Tokens of the resident blocks made by ``grow``."""
+        return sum(tokens for _, tokens in self.gpu_runs)
+
+    @property
     def _layer_bytes(self) -> int:
         return self.token_bytes // self.num_layers
 
@@ -99,7 +102,6 @@ class BlockPlan:
             tier: Tier = "gpu" if count else "host"
             if count:
                 self.gpu_runs.append((self.capacity, count))
-                self.gpu_tokens += count
                 self.gpu_bytes += count * self.token_bytes
                 self.gpu_peak_bytes = max(self.gpu_peak_bytes, self.gpu_bytes)
             else:

@@ -117,7 +117,7 @@ def main() -> int:
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python tests/sanitize.py",
-        "worker": "2 layers, 64 tokens, two slots and one resident page",
+        "worker": "2 layers, 64 tokens: two slots, one resident page, the CPU beside the link",
         **_versions(sanitizer),
         "tools": tools,
         "clean": all(
